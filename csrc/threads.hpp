@@ -1,0 +1,27 @@
+// A persistent pool of threads for short parallel loops. The caller is one of the threads and works too.
+// Not OpenMP: torch brings a runtime of its own, and two of them spin against each other.
+#pragma once
+
+#include <cstdint>
+
+namespace gossamer {
+
+// Splits 0..count into at most `threads` contiguous ranges and runs task(begin, end) on each; returns when all are
+// done. Workers spin for some microseconds for the next loop, then sleep. If another thread is inside a loop, or no
+// worker can be started, the caller does all the work itself. `task` must not throw.
+template <class Task>
+void parallel_for(int64_t count, int threads, const Task& task);
+
+namespace detail {
+using RangeFunction = void (*)(const void* task, int64_t begin, int64_t end);
+void run_ranges(int64_t count, int threads, RangeFunction function, const void* task);
+}  // namespace detail
+
+template <class Task>
+void parallel_for(int64_t count, int threads, const Task& task) {
+  detail::run_ranges(
+      count, threads, [](const void* t, int64_t begin, int64_t end) { (*static_cast<const Task*>(t))(begin, end); },
+      &task);
+}
+
+}  // namespace gossamer

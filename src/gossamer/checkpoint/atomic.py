@@ -1,0 +1,208 @@
+"""Outputs that are absent or complete, and one writer for each. Knows no model.
+
+What is written goes to a temporary sibling first, reaches the disk (fsync), and takes its name by one rename.
+A sibling left by a killed run is told from one in use by its lock, which the system drops with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+
+from ..errors import DoesNotFit, GossamerError, OutputExists, OutputLocked
+
+SUFFIX = ".partial"
+
+
+@contextlib.contextmanager
+def atomic_folder(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out` if the block succeeds, and vanishes if it fails.
+
+    Raises OutputExists if `out` exists, DoesNotFit if the disk is full.
+    """
+    out = Path(out)
+    _refuse_existing(out)
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        temporary, held = _locked_sibling(out)
+    try:
+        with disk_errors(out):
+            yield temporary
+            _sync_tree(temporary)
+            _refuse_existing(out)
+            os.rename(temporary, out)
+            _sync(out.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    finally:
+        os.close(held)
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Replace a file in one step: other processes see the old content or the new, on the disk. Raises DoesNotFit."""
+    path = Path(path)
+    with disk_errors(path):
+        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=SUFFIX, dir=path.parent)
+        try:
+            os.fchmod(fd, 0o666 & ~_umask())
+            view = memoryview(data)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+            os.rename(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        finally:
+            os.close(fd)
+        _sync(path.parent)
+
+
+class Lock:
+    """Held while an output is being made: `<out>.lock`. A second holder gets OutputLocked naming the first."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.path = Path(f"{os.path.abspath(out)}.lock")
+        self._fd: int | None = None
+
+    def __enter__(self) -> Lock:
+        with disk_errors(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._fd = self._acquire()
+            holder = {
+                "pid": os.getpid(),
+                "started": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": " ".join(sys.argv)[:200],
+            }
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps(holder).encode(), 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._fd is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)  # before the lock goes: whoever waits sees that the file it opened has no name
+            os.close(self._fd)
+            self._fd = None
+
+    def _acquire(self) -> int:
+        while True:
+            fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _describe(os.pread(fd, 4096, 0))
+                os.close(fd)
+                raise OutputLocked(
+                    f"{self.path.with_suffix('')} is being written by {holder}", hint="wait for it, or stop it"
+                ) from None
+            except OSError:
+                os.close(fd)
+                raise
+            if _names(self.path, fd):
+                return fd
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the system's refusal to write into DoesNotFit (disk full) or GossamerError (any other), naming the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
+            free = _free_bytes(path)
+            raise DoesNotFit(
+                f"{path}: {error.strerror}" + ("" if free is None else f" ({free / 2**20:.0f} MiB free)"),
+                hint="nothing was left behind; free some space or choose an --out on another disk",
+            ) from error
+        raise GossamerError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _refuse_existing(out: Path) -> None:
+    if os.path.lexists(out):
+        raise OutputExists(f"{out} exists already", hint="choose another --out, or remove it first")
+
+
+def _locked_sibling(out: Path) -> tuple[Path, int]:
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=SUFFIX, dir=out.parent))
+        held = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if _names(temporary, held):  # not swept between its making and its locking
+            temporary.chmod(0o777 & ~_umask())
+            return temporary, held
+        os.close(held)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed runs left of this output: siblings that nobody locks."""
+    for stale in out.parent.iterdir():
+        if not (stale.name.startswith(f".{out.name}.") and stale.name.endswith(SUFFIX)):
+            continue
+        with contextlib.suppress(OSError):
+            fd = os.open(stale, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(stale, ignore_errors=True)
+            finally:
+                os.close(fd)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            _sync(Path(root, name))
+        _sync(Path(root))
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _names(path: Path, fd: int) -> bool:
+    """True if `path` still names the file that `fd` is."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _describe(content: bytes) -> str:
+    try:
+        holder = json.loads(content)
+        return f"process {holder['pid']} since {holder['started']}: {holder['command']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _free_bytes(path: Path) -> int | None:
+    try:
+        return shutil.disk_usage(path.parent).free
+    except OSError:
+        return None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

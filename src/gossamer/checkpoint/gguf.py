@@ -1,0 +1,306 @@
+"""A GGUF file of architecture `llama` (LLaMA, Mistral, SmolLM2) as a checkpoint with Hugging Face names and layout.
+
+Two things differ from the Hugging Face folder and are undone here: tensor names, and the order of the rows of the
+query and key projections, which GGUF permutes within each head so that rotary pairs are neighbours.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..errors import CorruptCheckpoint, KernelError, UnsupportedModel
+from ..formats import Dense, Format, Tensors
+from .base import Checkpoint, check_tensors, expected_shapes, parse_config, row_blocks
+from .files import RandomAccessFile
+from .gguf_header import GGUFTensor, read_header
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+ARCHITECTURES = ("llama",)
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_BLOCK_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.([a-z_]+)\.(weight|bias)")
+_ROPE_FREQS = "rope_freqs.weight"
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+"""What every LLaMA 3 uses; GGUF keeps only the resulting factors, from which these are confirmed."""
+
+
+@dataclass(frozen=True)
+class GGMLBlocks(Format):
+    """`weight` uint8 [out_features, row_bytes]: blocks of a GGML type, such as `Q4_1`."""
+
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return self.kind.lower()
+
+    def stored(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        block, size = _sizes(self.kind)
+        return {"weight": (torch.uint8, (*shape[:-1], shape[-1] // block * size))}
+
+    def unpack(self, tensors: Tensors, rows: slice | None = None) -> torch.Tensor:
+        from gguf.constants import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        data = tensors["weight"]
+        if data.dtype != torch.uint8 or data.shape[-1] % _sizes(self.kind)[1]:
+            raise KernelError(f"{self.name}: {data.dtype} {list(data.shape)} are not rows of whole blocks")
+        data = data if rows is None else data[rows]
+        if data.shape[0] == 0:
+            block, size = _sizes(self.kind)
+            return torch.empty(*data.shape[:-1], data.shape[-1] // size * block)
+        return torch.from_numpy(np.asarray(dequantize(data.numpy(), GGMLQuantizationType[self.kind]), np.float32))
+
+
+class GGUFCheckpoint(Checkpoint):
+    """One .gguf file. Raises CorruptCheckpoint, UnsupportedModel."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name, self.path = name, path
+        self._file = RandomAccessFile(path)
+        self.metadata, raw = read_header(self._file)
+        self._architecture = self._known_architecture()
+        for kind in {tensor.kind for tensor in raw.values()} - set(_FLOATS):
+            _sizes(kind)
+        scaling = self._rope_factors(raw.pop(_ROPE_FREQS, None))
+        tensors = {self._hf_name(gguf_name): tensor for gguf_name, tensor in raw.items()}
+        self.dtype = _save_dtype(raw)
+        self.hf_config = self._config(tensors, scaling)
+        self.config = parse_config(self.hf_config, len(tensors), path)
+        self._shapes = expected_shapes(self.config)
+        check_tensors(self._shapes, {name: tensor.shape for name, tensor in tensors.items()}, path)
+        self._tensors = tensors
+        self.source_note = _note(tensors)
+
+    def format(self, name: str) -> Format:
+        self.shape(name)
+        kind = self._tensors[name].kind
+        return Dense(_FLOATS[kind]) if kind in _FLOATS else GGMLBlocks(kind)
+
+    def stored(self, name: str) -> dict[str, torch.Tensor]:
+        shape = self.shape(name)
+        data, kind = self._rows(name, 0, shape[0]), self._tensors[name].kind
+        return {"weight": data.view(_FLOATS[kind]) if kind in _FLOATS else data}
+
+    def tokenizer(self) -> Tokenizer:
+        from .gguf_tokenizer import tokenizer_from_gguf
+
+        return tokenizer_from_gguf(self.metadata, self.config.vocab_size, self.path)
+
+    def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        data, kind = self._rows(name, start, stop), self._tensors[name].kind
+        if kind in _FLOATS:
+            return data.view(_FLOATS[kind])
+        return GGMLBlocks(kind).unpack({"weight": data})
+
+    def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Stored bytes of these rows in Hugging Face order: uint8 [stop - start, row_bytes] (a vector: [bytes])."""
+        tensor = self._tensors[name]
+        if len(tensor.shape) == 1:
+            if ".q_proj." in name or ".k_proj." in name:  # the bias of permuted rows: one number per row
+                itemsize = tensor.nbytes // tensor.shape[0]
+                data = self._file.read(tensor.offset, tensor.nbytes).reshape(-1, itemsize)
+                return data[self._order(0, len(data))][start:stop].reshape(-1)
+            row = tensor.nbytes // tensor.shape[0]
+            return self._file.read(tensor.offset + start * row, (stop - start) * row)
+        if ".q_proj." not in name and ".k_proj." not in name:
+            return self._plain_rows(tensor, start, stop)
+        head = self.config.layers[0].head_dim
+        first, last = start // head * head, -(-stop // head) * head
+        rows = self._plain_rows(tensor, first, last)
+        return rows[self._order(first, last)[start - first : stop - first]]
+
+    def _plain_rows(self, tensor: GGUFTensor, start: int, stop: int) -> torch.Tensor:
+        data = self._file.read(tensor.offset + start * tensor.row_bytes, (stop - start) * tensor.row_bytes)
+        return data.reshape(stop - start, tensor.row_bytes)
+
+    def _order(self, first: int, last: int) -> torch.Tensor:
+        """For whole heads of rows first..last: where, from `first`, row r of the Hugging Face layout is in the file."""
+        head = self.config.layers[0].head_dim
+        rows = torch.arange(last - first)
+        half, pair = rows % head // (head // 2), rows % (head // 2)
+        return rows // head * head + 2 * pair + half
+
+    def _files(self) -> list[Path]:
+        return [self.path]
+
+    def _contents(self) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+        for name in sorted(self._tensors):
+            tensor = self._tensors[name]
+            yield f"{name} {tensor.kind} {list(tensor.shape)}", self._chunks(tensor)
+
+    def _chunks(self, tensor: GGUFTensor) -> Iterator[torch.Tensor]:
+        for start, stop in row_blocks(0, tensor.nbytes, 1):
+            yield self._file.read(tensor.offset + start, stop - start)
+
+    def _known_architecture(self) -> str:
+        architecture = self.metadata.text("general.architecture")
+        if architecture is None:
+            raise CorruptCheckpoint(f"{self.path}: general.architecture is missing")
+        if architecture not in ARCHITECTURES:
+            raise UnsupportedModel(
+                f"{self.path}: architecture {architecture!r}", hint="supported in GGUF: " + ", ".join(ARCHITECTURES)
+            )
+        if self.metadata.integer(f"{architecture}.expert_count", 0):
+            raise UnsupportedModel(f"{self.path}: a mixture of experts")
+        return architecture
+
+    def _hf_name(self, name: str) -> str:
+        stem, _, suffix = name.rpartition(".")
+        if stem in _WHOLE and suffix == "weight":
+            return f"{_WHOLE[stem]}.weight"
+        match = _BLOCK_NAME.fullmatch(name)
+        if match and match[2] in _BLOCK:
+            return f"model.layers.{match[1]}.{_BLOCK[match[2]]}.{match[3]}"
+        raise UnsupportedModel(f"{self.path}: tensor {name!r} is not one of architecture {self._architecture!r}")
+
+    def _config(self, tensors: dict[str, GGUFTensor], scaling: dict[str, Any] | None) -> dict[str, Any]:
+        """What config.json of this model says."""
+        meta, arch = self.metadata, self._architecture
+        embedding = tensors.get("model.embed_tokens.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise CorruptCheckpoint(f"{self.path}: no matrix token_embd.weight")
+        heads = self._uniform(f"{arch}.attention.head_count")
+        hidden = meta.need(f"{arch}.embedding_length")
+        head_dim = meta.integer(f"{arch}.attention.key_length", meta.integer(f"{arch}.rope.dimension_count"))
+        head_dim = head_dim or hidden // heads
+        for key in ("rope.dimension_count", "attention.key_length", "attention.value_length"):
+            if meta.integer(f"{arch}.{key}", head_dim) != head_dim:
+                raise UnsupportedModel(f"{self.path}: {arch}.{key} differs from the head width {head_dim}")
+        theta = _short(meta.number(f"{arch}.rope.freq_base", 10000.0))
+        config: dict[str, Any] = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": embedding.shape[0],
+            "hidden_size": hidden,
+            "intermediate_size": self._uniform(f"{arch}.feed_forward_length"),
+            "num_hidden_layers": meta.need(f"{arch}.block_count", high=len(tensors)),
+            "num_attention_heads": heads,
+            "num_key_value_heads": self._uniform(f"{arch}.attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "rms_norm_eps": _short(meta.number(f"{arch}.attention.layer_norm_rms_epsilon", 1e-5)),
+            "max_position_embeddings": meta.need(f"{arch}.context_length"),
+            "rope_theta": theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": theta, **self._rope(scaling)},
+            "tie_word_embeddings": "lm_head.weight" not in tensors,
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in tensors,
+            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in tensors,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "torch_dtype": str(self.dtype).removeprefix("torch."),
+        }
+        for role in ("bos", "eos", "padding"):
+            token = meta.integer(f"tokenizer.ggml.{role}_token_id")
+            if token is not None:
+                config[f"{role.removesuffix('ding')}_token_id"] = token
+        return config
+
+    def _uniform(self, key: str, default: int | None = None) -> int:
+        """An integer that may be given once or, all the same, for each layer."""
+        value = self.metadata.values.get(key)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+            different = set(value.tolist())
+            if len(different) != 1:
+                raise UnsupportedModel(f"{self.path}: {key} differs between layers")
+            value = different.pop()
+        if value is None and default is not None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+            raise CorruptCheckpoint(f"{self.path}: {key} is {str(value)[:80]!r}, expected a positive integer")
+        return value
+
+    def _rope(self, scaling: dict[str, Any] | None) -> dict[str, Any]:
+        meta, prefix = self.metadata, f"{self._architecture}.rope.scaling"
+        kind = meta.text(f"{prefix}.type", "none")
+        if kind in {"none", ""}:
+            return scaling or {}
+        factor = meta.number(f"{prefix}.factor", 1.0)
+        if kind == "linear" and scaling is None:
+            return {"rope_type": "linear", "factor": _short(factor)}
+        raise UnsupportedModel(f"{self.path}: rotary scaling {kind!r}", hint="supported in GGUF: linear, llama3")
+
+    def _rope_factors(self, tensor: GGUFTensor | None) -> dict[str, Any] | None:
+        """LLaMA 3's scaling, recognized by the factor of each frequency that it leaves in the file."""
+        if tensor is None:
+            return None
+        if tensor.kind != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > 4096:
+            raise UnsupportedModel(f"{self.path}: {_ROPE_FREQS} is {tensor.kind} {list(tensor.shape)}")
+        factors = self._file.read(tensor.offset, tensor.nbytes).view(torch.float32).double()
+        theta = self.metadata.number(f"{self._architecture}.rope.freq_base", 10000.0) or 0.0
+        factor = _short(float(factors.max()))
+        if factor == 1.0 and bool((factors == 1.0).all()):
+            return None
+        if theta > 0 and torch.allclose(factors, llama3_factors(theta, len(factors), factor), rtol=1e-3):
+            return {"rope_type": "llama3", "factor": factor, **LLAMA3}
+        raise UnsupportedModel(f"{self.path}: {_ROPE_FREQS} holds factors that are not LLaMA 3's scaling")
+
+
+def llama3_factors(theta: float, count: int, factor: float) -> torch.Tensor:
+    """By what each rotary frequency is divided: float64 [count], 1 where fast, `factor` where slow."""
+    low, high, context = (float(LLAMA3[key]) for key in LLAMA3)
+    wavelength = 2 * math.pi * theta ** (torch.arange(count, dtype=torch.float64) / count)
+    smooth = ((context / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+    return 1 / ((1 - smooth) / factor + smooth)
+
+
+def _save_dtype(tensors: dict[str, GGUFTensor]) -> torch.dtype:
+    """float16 or float32 if most weights are in it, else bfloat16."""
+    weights: Counter[str] = Counter()
+    for tensor in tensors.values():
+        weights[tensor.kind] += math.prod(tensor.shape)
+    commonest = weights.most_common(1)[0][0] if weights else "BF16"
+    return _FLOATS.get(commonest, torch.bfloat16)
+
+
+def _note(tensors: dict[str, GGUFTensor]) -> str | None:
+    weights: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        if len(tensor.shape) == 2 and name != "model.embed_tokens.weight":
+            weights[tensor.kind] += math.prod(tensor.shape)
+    kind = weights.most_common(1)[0][0] if weights else "F32"
+    bits = re.search(r"\d+", kind)
+    if kind in _FLOATS or bits is None:
+        return None
+    return f"stored as {kind} (GGUF): already {bits[0]}-bit"
+
+
+def _short(value: float | None) -> float:
+    """A number that went through float32, as it was written before: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(0.0 if value is None else value)))
+
+
+@functools.cache
+def _sizes(kind: str) -> tuple[int, int]:
+    """Weights and bytes per block. Raises UnsupportedModel for a type that cannot be turned into floats."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    try:
+        dequantize(np.zeros((1, size), np.uint8), GGMLQuantizationType[kind])
+    except NotImplementedError as error:
+        raise UnsupportedModel(f"GGML type {kind} cannot be turned into floats") from error
+    return block, size

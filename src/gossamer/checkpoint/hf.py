@@ -1,0 +1,271 @@
+"""A Hugging Face folder: config.json and safetensors, whole or in shards, dense or in compressed-tensors form.
+
+Nothing in the folder is run: `auto_map` is dropped, pickles are refused. Nothing but headers is read until a tensor is
+asked for, and then only its rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..errors import CorruptCheckpoint, ModelNotFound, ShapeMismatch, UnsupportedModel
+from ..formats import Dense, Format, Integer, Kind, Layout, layout_from_quantization_config
+from . import pickle_io
+from .base import Checkpoint, check_tensors, expected_shapes, parse_config, row_blocks
+from .files import has, inside, read_json
+from .manifest import Manifest, read_manifest, verify_files
+from .safetensors_io import SafetensorsFile, TensorInfo, TensorSource
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+MAX_INDEX = 100 << 20
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_FLOATS = tuple(DTYPES.values())
+_HARMLESS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+class HFCheckpoint(Checkpoint):
+    """A model folder. Raises ModelNotFound, UnsafeCheckpoint, CorruptCheckpoint, UnsupportedModel."""
+
+    def __init__(self, folder: Path, name: str, *, allow_pickle: bool = False) -> None:
+        self.name, self.path = name, folder
+        if not has(folder, "config.json"):
+            raise ModelNotFound(f"{folder}: no config.json, so not a model folder")
+        self.hf_config = normalized(read_json(inside(folder, "config.json")), folder / "config.json")
+        manifest = read_manifest(folder)
+        if manifest is not None:
+            verify_files(folder, manifest)
+            self.manifest = manifest.model_dump(mode="json")
+        self._sources = _open_weights(folder, allow_pickle)
+        self.config = parse_config(self.hf_config, len(self._sources), folder / "config.json")
+        self._shapes = expected_shapes(self.config)
+        self.dtype = self._float_dtype()
+        self._stored_names: dict[str, dict[str, str]] = {}
+        self._formats: dict[str, Format] = {}
+        self._resolve(self._layout())
+        self.source_note = self._note(manifest)
+
+    def format(self, name: str) -> Format:
+        self.shape(name)
+        return self._formats[name]
+
+    def stored(self, name: str) -> dict[str, torch.Tensor]:
+        self.shape(name)
+        return {local: self._sources[full].read(full) for local, full in self._stored_names[name].items()}
+
+    def stored_sources(self, name: str) -> list[tuple[str, TensorSource, TensorInfo]]:
+        """Name in the files (such as `lm_head.weight_packed`), file and place of every tensor that stores this one."""
+        self.shape(name)
+        found = [(full, self._sources[full]) for full in self._stored_names[name].values()]
+        return [(full, source, source.info(full)) for full, source in found]
+
+    def tokenizer(self) -> Tokenizer:
+        from .tokenizer import tokenizer_from_folder
+
+        return tokenizer_from_folder(self.path, self.hf_config)
+
+    def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        form, stored = self._formats[name], self._stored_names[name]
+        if isinstance(form, Dense):
+            full = stored["weight"]
+            return self._sources[full].read(full, slice(start, stop))
+        # Zero points are packed down the rows, 32 rows in a whole number of words: read from such a boundary on.
+        shape, first = self._shapes[name], start // 32 * 32
+        tensors = {}
+        for local, (_, whole) in form.stored(shape).items():
+            part = form.stored((stop - first, *shape[1:]))[local][1]
+            skipped = form.stored((first, *shape[1:]))[local][1][0] if first and part[0] != whole[0] else 0
+            full = stored[local]
+            tensors[local] = self._sources[full].read(full, slice(skipped, skipped + part[0]))
+        if "weight_shape" in tensors:
+            tensors["weight_shape"] = torch.tensor([stop - first, *shape[1:]])
+        return form.unpack(tensors, slice(start - first, stop - first))
+
+    def _files(self) -> list[Path]:
+        return [self.path / "config.json", *{source.path for source in self._sources.values()}]
+
+    def _contents(self) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+        for name in sorted(full for stored in self._stored_names.values() for full in stored.values()):
+            source = self._sources[name]
+            info = source.info(name)
+            yield f"{name} {info.dtype} {list(info.shape)}", read_blocks(source, name)
+
+    def _float_dtype(self) -> torch.dtype:
+        said = self.hf_config.get("dtype") or self.hf_config.get("torch_dtype")
+        if said is not None:
+            dtype = DTYPES.get(said) if isinstance(said, str) else None
+            if dtype is None:
+                raise UnsupportedModel(f"{self.path}/config.json: dtype {said!r}", hint="known: " + ", ".join(DTYPES))
+            return dtype
+        stored = Counter(source.info(name).dtype for name, source in self._sources.items())
+        return next((dtype for dtype, _ in stored.most_common() if dtype in _FLOATS), torch.float32)
+
+    def _layout(self) -> Layout:
+        quantization = self.hf_config.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, dict):
+            raise CorruptCheckpoint(f"{self.path}/config.json: quantization_config is not an object")
+        return layout_from_quantization_config(quantization, self.dtype)
+
+    def _resolve(self, layout: Layout) -> None:
+        """Find the files' tensors that store each of the model's; refuse what is missing, mis-shaped or left over."""
+        found: dict[str, tuple[int, ...]] = {}
+        for name, shape in self._shapes.items():
+            form = self._chosen(layout, name, shape)
+            locals_ = self._locals(form, name, shape)
+            if locals_ is None:
+                continue
+            self._formats[name], self._stored_names[name] = form, locals_
+            found[name] = self._check_packed(form, name, shape) if isinstance(form, Integer) else shape
+            if isinstance(form, Dense):
+                info = self._sources[name].info(name)
+                self._formats[name], found[name] = Dense(self._dense_dtype(name, info.dtype)), info.shape
+        check_tensors(self._shapes, found, self.path)
+        used = {full for stored in self._stored_names.values() for full in stored.values()}
+        for name, source in self._sources.items():
+            if name not in used and not self._is_harmless(name):
+                stray = f"tensor {name!r} {list(source.info(name).shape)} is not one of this model's"
+                raise CorruptCheckpoint(f"{self.path}: {stray}")
+
+    def _chosen(self, layout: Layout, name: str, shape: tuple[int, ...]) -> Format:
+        if len(shape) != 2 or not name.endswith(".weight"):
+            return Dense(self.dtype)
+        module = name.removesuffix(".weight")
+        kind: Kind = "embedding" if module.endswith("embed_tokens") else "linear"
+        try:
+            form = layout(module, kind)
+        except (re.error, TypeError, ValueError, RecursionError) as error:
+            raise CorruptCheckpoint(f"{self.path}/config.json: quantization_config: {error}") from error
+        scale = f"{module}.weight_scale"
+        if isinstance(form, Integer) and scale in self._sources:
+            form = replace(form, scale_dtype=self._sources[scale].info(scale).dtype)
+        return form
+
+    def _locals(self, form: Format, name: str, shape: tuple[int, ...]) -> dict[str, str] | None:
+        """Local name -> file's name, or None if a tensor is missing."""
+        if isinstance(form, Dense):
+            return {"weight": name} if name in self._sources else None
+        try:
+            expected = form.stored(shape)
+        except ShapeMismatch as error:
+            raise CorruptCheckpoint(f"{self.path}: tensor {name!r} {list(shape)}: {error.message}") from error
+        names = {local: f"{name.removesuffix('.weight')}.{local}" for local in expected}
+        for local, full in names.items():
+            if full not in self._sources:
+                raise CorruptCheckpoint(f"{self.path}: {name!r} is {form.name}, but tensor {full!r} is missing")
+            info, (dtype, stored_shape) = self._sources[full].info(full), expected[local]
+            if info.shape != stored_shape or info.dtype != dtype:
+                raise CorruptCheckpoint(
+                    f"{self.path}: tensor {full!r} is {info.dtype} {list(info.shape)}, "
+                    f"{form.name} of a weight {list(shape)} needs {dtype} {list(stored_shape)}"
+                )
+        return names
+
+    def _check_packed(self, form: Integer, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if form.scale_dtype not in _FLOATS:
+            raise CorruptCheckpoint(f"{self.path}: the scales of {name!r} are {form.scale_dtype}")
+        full = self._stored_names[name]["weight_shape"]
+        said: list[int] = self._sources[full].read(full).tolist()
+        return tuple(said)
+
+    def _dense_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        if dtype not in _FLOATS:
+            raise UnsupportedModel(
+                f"{self.path}: tensor {name!r} is stored as {dtype}, which config.json does not explain",
+                hint="known without a quantization_config: " + ", ".join(DTYPES),
+            )
+        return dtype
+
+    def _is_harmless(self, name: str) -> bool:
+        tied_copy = self.config.tie_embeddings and name == "lm_head.weight"
+        return tied_copy or _HARMLESS.search(name) is not None
+
+    def _note(self, manifest: Manifest | None) -> str | None:
+        if manifest is not None:
+            return manifest.base.note
+        packed = Counter(form for form in self._formats.values() if isinstance(form, Integer))
+        if not packed:
+            return None
+        form = packed.most_common(1)[0][0]
+        return f"stored as {form.name}: already {form.bits}-bit"
+
+
+def normalized(config: dict[str, Any], where: Path) -> dict[str, Any]:
+    """A config.json without code to run, and with its positions said in both ways: `rope_theta`, `rope_parameters`."""
+    result = {key: value for key, value in config.items() if key not in {"auto_map", "custom_pipelines"}}
+    for key in ("rope_parameters", "rope_scaling"):
+        if not isinstance(result.get(key), dict | None):
+            raise CorruptCheckpoint(f"{where}: {key} is not an object")
+    parameters = dict(result.get("rope_parameters") or result.get("rope_scaling") or {})
+    theta = parameters.get("rope_theta", result.get("rope_theta"))
+    if theta is None:
+        return result
+    parameters.setdefault("rope_type", parameters.pop("type", "default"))
+    result["rope_theta"] = theta
+    result["rope_parameters"] = {**parameters, "rope_theta": theta}
+    return result
+
+
+def read_blocks(source: TensorSource, name: str) -> Iterator[torch.Tensor]:
+    """A stored tensor in consecutive row blocks of bounded size."""
+    shape = source.info(name).shape
+    if len(shape) < 2:
+        yield source.read(name)
+        return
+    columns = source.info(name).nbytes // 4 // max(shape[0], 1)
+    for start, stop in row_blocks(0, shape[0], columns):
+        yield source.read(name, slice(start, stop))
+
+
+def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, TensorSource]:
+    """Stored tensor name -> the file that holds it."""
+    if has(folder, "model.safetensors"):
+        return _by_name([SafetensorsFile(inside(folder, "model.safetensors"))])
+    if has(folder, "model.safetensors.index.json"):
+        return _open_index(folder, "model.safetensors.index.json", (".safetensors",))
+    pickles = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+    for name in pickles:
+        if has(folder, name):
+            if not allow_pickle:
+                raise pickle_io.refuse(folder / name)
+            if name.endswith(".json"):
+                return _open_index(folder, name, pickle_io.SUFFIXES)
+            return _by_name([pickle_io.PickleFile(inside(folder, name))])
+    others = sorted(path for path in folder.iterdir() if path.suffix in pickle_io.SUFFIXES)
+    if others and not allow_pickle:
+        raise pickle_io.refuse(others[0])
+    raise CorruptCheckpoint(
+        f"{folder}: no weights", hint="expected model.safetensors, or model.safetensors.index.json and its shards"
+    )
+
+
+def _open_index(folder: Path, index: str, suffixes: tuple[str, ...]) -> dict[str, TensorSource]:
+    where = inside(folder, index)
+    weight_map = read_json(where, MAX_INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptCheckpoint(f"{where}: weight_map is not an object of file names")
+    shards: dict[str, TensorSource] = {}
+    sources: dict[str, TensorSource] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard not in shards:
+            path = inside(folder, shard)
+            if not path.name.endswith(suffixes):
+                raise CorruptCheckpoint(f"{where}: tensor {name!r} is in {shard!r}, not a {' or '.join(suffixes)} file")
+            if not path.is_file():
+                raise CorruptCheckpoint(f"{where}: shard {shard!r} is missing from the folder")
+            is_safe = path.suffix == ".safetensors"
+            shards[shard] = SafetensorsFile(path) if is_safe else pickle_io.PickleFile(path)
+        shards[shard].info(name)
+        sources[name] = shards[shard]
+    return sources
+
+
+def _by_name(files: list[TensorSource]) -> dict[str, TensorSource]:
+    return {name: file for file in files for name in file.names()}

@@ -1,0 +1,136 @@
+"""The frame of the command line: commands, errors, exit codes. Loads no torch; each command imports what it needs.
+
+Exit codes: 0 done, 1 failed, 2 the request is wrong, 130 interrupted. Errors that Gossamer raises on purpose are shown
+as one message; GOSSAMER_DEBUG=1 or --debug shows where they came from.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from ..errors import GossamerError, UnknownName, UsageError
+from ._console import print_error
+from .bench import bench
+from .chat import chat
+from .compress import compress
+from .convert import convert
+from .doctor import doctor
+from .eval import eval_
+from .plan import plan
+from .report import report
+from .run import run
+
+
+class _Commands(TyperGroup):
+    """The commands, with our own words for one that does not exist."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            raise UnknownName("command", args[0], self.commands)
+        return super().resolve_command(ctx, args)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gossamer {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks (or GOSSAMER_DEBUG=1).")] = False,
+) -> None:
+    """Make a language model faster and lighter, see what that cost in quality, and run it.
+
+    \b
+    gossamer run smollm2 "Why is the sky blue?"
+    gossamer compress smollm2 --recipe int4-gptq --out small/
+    gossamer eval small/ --reference smollm2
+    """
+
+
+app.command()(run)
+app.command()(chat)
+app.command()(compress)
+app.command()(plan)
+app.command()(convert)
+app.command("eval")(eval_)
+app.command()(bench)
+app.command()(report)
+app.command()(doctor)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    debug = _take_debug(args)
+    args = args or ["--help"]
+    try:
+        code = typer.main.get_command(app).main(args, prog_name="gossamer", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        return _close_quietly()
+    except typer.Abort:
+        return 130
+    except GossamerError as error:
+        return _failed(error, debug)
+    except typer.TyperException as error:
+        return _failed(_usage_error(error), debug)
+    except MemoryError:
+        if debug:
+            raise
+        print_error(GossamerError("out of memory", hint="gossamer plan says how much is needed; take a smaller model"))
+        return 1
+
+
+def _take_debug(args: list[str]) -> bool:
+    """Remove --debug from anywhere before `--`, so that it may be added at the end of a command line that failed."""
+    end = args.index("--") if "--" in args else len(args)
+    wanted = "--debug" in args[:end]
+    args[:end] = [a for a in args[:end] if a != "--debug"]
+    return wanted or os.environ.get("GOSSAMER_DEBUG", "") not in {"", "0"}
+
+
+def _failed(error: GossamerError, debug: bool) -> int:
+    if debug:
+        raise error
+    print_error(error)
+    return error.exit_code
+
+
+def _usage_error(error: typer.TyperException) -> GossamerError:
+    """What the parser refused, in the words of our own errors."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "gossamer"
+    if hasattr(error, "possibilities") and context is not None:
+        known = {option for parameter in context.command.get_params(context) for option in parameter.opts}
+        return UnknownName(
+            "option", str(getattr(error, "option_name", "")), (option for option in known if option.startswith("--"))
+        )
+    message = getattr(error, "format_message", lambda: str(error))()
+    return UsageError(message.rstrip("."), hint=f"{path} --help shows what it takes")
+
+
+def _close_quietly() -> int:
+    """The reader of stdout has gone (`| head`): nothing to say, and nothing more to flush."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

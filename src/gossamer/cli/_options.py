@@ -1,0 +1,21 @@
+"""Arguments and options that several commands share, so that they look and read the same everywhere."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, TypeAlias
+
+import typer
+
+Model: TypeAlias = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or smollm2.")]
+Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON line on stdout.")]
+Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
+Seed: TypeAlias = Annotated[int | None, typer.Option("--seed", help="The same seed samples the same text.")]
+MaxTokens: TypeAlias = Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.")]
+Temperature: TypeAlias = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token; 1 samples.")]
+TopP: TypeAlias = Annotated[float, typer.Option("--top-p", help="Keep the likeliest tokens of this total probability.")]
+TopK: TypeAlias = Annotated[int, typer.Option("--top-k", help="Keep this many of the likeliest tokens; 0 keeps all.")]
+MinP: TypeAlias = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")]
+Stop: TypeAlias = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be repeated.")]
+Weights: TypeAlias = Annotated[
+    Literal["stored", "float"], typer.Option("--weights", help="stored: as compact as the file; float: fp32.")
+]

@@ -1,0 +1,118 @@
+"""`gossamer chat`: a conversation on the terminal, or with lines piped into stdin."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from ..errors import EngineError
+from . import _options as o
+from ._console import print_error, remark
+from .run import Answer, load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..engine import LLM, SamplingParams
+
+HELP = "/reset forgets the conversation, /quit (or ctrl-D) ends it, ctrl-C stops an answer"
+
+
+def chat(
+    model: o.Model,
+    max_tokens: o.MaxTokens = 512,
+    temperature: o.Temperature = 0.7,
+    top_p: o.TopP = 0.95,
+    top_k: o.TopK = 0,
+    min_p: o.MinP = 0.0,
+    seed: o.Seed = None,
+    stop: o.Stop = None,
+    weights: o.Weights = "stored",
+    quiet: o.Quiet = False,
+) -> None:
+    """Talk with a model; /help lists what else may be typed.
+
+    \b
+    gossamer chat smollm2
+    """
+    from ..engine import SamplingParams
+
+    params = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, seed, tuple(stop or ()))
+    llm = load(model, weights, quiet)
+    conversation = Conversation(llm, params)
+    if not quiet:
+        remark(f"{model}: {HELP}")
+    for line in _lines(quiet):
+        if line in {"/quit", "/exit"}:
+            return
+        if line == "/reset":
+            conversation.reset()
+        elif line.startswith("/"):
+            remark(HELP)
+        elif line:
+            _answer(conversation, line, quiet)
+
+
+class Conversation:
+    """Messages so far, of which the oldest are forgotten when the context would overflow."""
+
+    def __init__(self, llm: LLM, params: SamplingParams) -> None:
+        self.llm, self.params = llm, params
+        self.messages: list[dict[str, str]] = []
+
+    def reset(self) -> None:
+        self.messages.clear()
+
+    def prompt(self, text: str) -> list[int]:
+        """Tokens of the conversation with this question at its end. Raises EngineError if it alone is too long."""
+        self.messages.append({"role": "user", "content": text})
+        limit = self.llm.config.max_positions
+        room = min(self.params.max_tokens, limit // 4)
+        tokens = self.llm.chat_tokens(self.messages)
+        while len(tokens) > limit - room and len(self.messages) > 1:
+            del self.messages[:2]  # a question and its answer
+            tokens = self.llm.chat_tokens(self.messages)
+        if len(tokens) >= limit:
+            self.messages.pop()
+            raise EngineError(f"the question has {len(tokens):,} tokens, the context of the model {limit:,}")
+        return tokens
+
+    def answered(self, text: str) -> None:
+        self.messages.append({"role": "assistant", "content": text})
+
+
+def _answer(conversation: Conversation, line: str, quiet: bool) -> None:
+    """Stream one answer; ctrl-C keeps what was said so far."""
+    answer = Answer()
+    try:
+        tokens = conversation.prompt(line)
+    except EngineError as error:
+        print_error(error)
+        return
+    try:
+        answer.follow(conversation.llm.stream(tokens, conversation.params))
+    except KeyboardInterrupt:
+        answer.finish_reason = "interrupted"
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    conversation.answered(answer.text)
+    if not quiet:
+        remark(answer.summary(len(tokens)))
+
+
+def _lines(quiet: bool) -> Iterator[str]:
+    """Stripped lines of stdin, asked for with a prompt where someone is typing."""
+    typing = sys.stdin.isatty()
+    if typing:
+        import readline  # noqa: F401  # importing it gives input() its history and editing keys
+    while True:
+        try:
+            line = input("> ") if typing else sys.stdin.readline()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        if not typing and not line:
+            return
+        yield line.strip()

@@ -1,0 +1,175 @@
+"""`gossamer eval`: how well models predict a text, and how far they have moved from a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import typer
+
+from ._console import console, emit_json, progress
+from ._options import Json, Quiet, Weights
+
+Models: TypeAlias = Annotated[
+    list[str], typer.Argument(metavar="MODEL...", help="Folders, .gguf files, hub ids or aliases (smollm2).")
+]
+Out: TypeAlias = Annotated[Path | None, typer.Option("--out", "-o", help="Append the records to this .jsonl file.")]
+Threads: TypeAlias = Annotated[
+    int | None, typer.Option("--threads", min=1, help="Compute threads (default: GOSSAMER_THREADS, or all cores).")
+]
+Engine: TypeAlias = Annotated[str, typer.Option("--engine", help="What runs the models: gossamer.")]
+
+
+def eval_(
+    models: Models,
+    reference: Annotated[
+        str | None, typer.Option("--reference", "-r", help="Model to compare with: KL divergence, agreement.")
+    ] = None,
+    corpus: Annotated[
+        str, typer.Option("--corpus", help="default (Python's own docs), wikitext2, or a UTF-8 text file.")
+    ] = "default",
+    context: Annotated[int, typer.Option("--context", help="Tokens in a window.")] = 1024,
+    stride: Annotated[int | None, typer.Option("--stride", help="Tokens between windows (default: context).")] = None,
+    scored: Annotated[
+        int | None, typer.Option("--scored", help="Tokens scored at each window's end (default: half of it).")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Use only so many tokens of the text.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="Built-in prompts to answer greedily.")] = 3,
+    weights: Weights = "float",
+    engine: Engine = "gossamer",
+    threads: Threads = None,
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Perplexity on a text, and divergence from a reference model. Exit code 1 if any model failed.
+
+    \b
+    gossamer eval smollm2 small/ --reference smollm2 --out runs/eval.jsonl
+    """
+    from ..measure.corpus import load_corpus
+    from ..measure.plans import WindowPlan
+    from ..measure.run import EvalRequest, check_engine, check_weights, evaluate_models
+
+    check_engine(engine)
+    request = EvalRequest(
+        corpus_source=corpus,
+        corpus=load_corpus(corpus),
+        plan=WindowPlan(context, context if stride is None else stride, context // 2 if scored is None else scored),
+        reference=reference,
+        tokens=tokens,
+        samples=samples,
+        weights=check_weights(weights),
+        threads=threads,
+    )
+    with progress(quiet) as report:
+        records = take(evaluate_models(models, request, report), out, json)
+    if not json:
+        _show(records)
+    return exit_code(records)
+
+
+def take(records: Any, out: Path | None, json: bool) -> list[dict[str, Any]]:
+    """Keep records as they come: in the file, on stdout with --json, and in a list."""
+    from ..measure.records import append_record
+
+    kept = []
+    for record in records:
+        if out is not None:
+            append_record(out, record)
+        if json:
+            emit_json(record)
+        kept.append(record)
+    return kept
+
+
+def exit_code(records: Sequence[dict[str, Any]]) -> int:
+    """1 if any measurement failed; each failure is said on stderr."""
+    from rich.text import Text
+
+    failed = [record for record in records if record["status"] == "failed"]
+    for record in failed:
+        console().print(Text.assemble(("failed: ", "bold red"), f"{record['model']['name']}: {record['error']}"))
+    return 1 if failed else 0
+
+
+def make_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    """A plain table: the first column to the left, numbers to the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
+
+
+def print_table(records: Sequence[dict[str, Any]], table: Any, protocol: str) -> None:
+    """The table, how it was measured, and what must be known of a model to read it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    screen = Console(highlight=False, soft_wrap=True)
+    if not screen.is_terminal:
+        screen = Console(highlight=False, width=10_000)  # a file is not wrapped to a terminal that is not there
+    screen.print(table)
+    machine = records[0]["machine"]
+    screen.print(Text(f"{protocol}; {machine['threads']} threads, {machine['cpu']} ({machine['isa']})", style="dim"))
+    notes = {f"{r['model']['name']}: {r['model']['note']}" for r in records if r["model"]["note"]}
+    for note in sorted(notes):
+        screen.print(Text(note, style="dim"))
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number with so many digits after the point, or a dash."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def _show(records: Sequence[dict[str, Any]]) -> None:
+    columns = ("model", "bits/weight", "MB", "perplexity", "KLD mean", "KLD p99", "top-1 same", "tokens/s")
+    table = make_table(columns, [_row(record) for record in records])
+    p = next((r["protocol"] for r in records if r["status"] == "ok"), records[0]["protocol"])
+    against = f", against {p['reference']}" if p["reference"] else ""
+    print_table(
+        records,
+        table,
+        f"{p['corpus']} ({p['corpus_sha256'][:8]}): {p['tokens_scored']} tokens scored in {p['windows']} windows of "
+        f"{p['context']}, the last {p['scored']} of each, stride {p['stride']}{against}; {p['weights']} weights",
+    )
+    _show_samples(records)
+
+
+def _row(record: dict[str, Any]) -> tuple[str, ...]:
+    model, results = record["model"], record["results"]
+    size = model["weight_bytes"]
+    share = results.get("top1_agreement")
+    return (
+        model["name"],
+        number(model["bits_per_weight"], 2),
+        number(None if size is None else size / 1e6, 1),
+        number(results.get("perplexity"), 3) if results else "failed",
+        number(results.get("kld_mean"), 4),
+        number(results.get("kld_p99"), 3),
+        "-" if share is None else f"{share:.1%}",
+        number(results.get("tokens_per_second"), 0),
+    )
+
+
+def _show_samples(records: Sequence[dict[str, Any]]) -> None:
+    """Each prompt with the first words of every model's answer below it."""
+    from rich.console import Console
+    from rich.text import Text
+
+    screen = Console(highlight=False, soft_wrap=True)
+    answers: dict[str, list[tuple[str, str]]] = {}
+    for record in records:
+        for sample in record["results"].get("samples", ()):
+            answers.setdefault(sample["prompt"], []).append((record["model"]["name"], sample["output"]))
+    for prompt, outputs in answers.items():
+        screen.print(Text(f"\n{prompt}", style="bold"))
+        for name, output in outputs:
+            words = " ".join(output.split())
+            screen.print(Text(f"  {name}: {words[:160]}{'...' if len(words) > 160 else ''}"))

@@ -1,0 +1,67 @@
+"""One block of a decoder, walked so that every linear layer is compressed on the inputs that it will really see.
+
+The block has four points at which linear layers read the same input: (q, k, v), (o), (gate, up) and (down). At each
+one the inputs come from layers that are compressed already, so one forward pass serves both to gather statistics and to
+carry the activations on. Knows blocks and activations; knows no file, recipe or method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..model.decoder import Block, Rotation
+
+Compress = Callable[[tuple[str, ...], Tensor | None], None]
+"""Called at each point with the roles that share an input and its Hessian [in, in]; puts new weights into the block."""
+
+TOKENS_AT_ONCE = 2048
+"""Bounds the temporary memory of a step, whatever the number of calibration sequences."""
+
+
+def walk(block: Block, x: Tensor, rotation: Rotation, compress: Compress) -> None:
+    """Compress a block on the residual stream x [sequences, time, hidden], which becomes its output in place."""
+    chunks = list(_chunks(x))
+    compress(("q", "k", "v"), hessian(block.attn_norm(x[c]) for c in chunks))
+    mixed = torch.cat([block.mix(block.attn_norm(x[c]), rotation) for c in chunks])
+    compress(("o",), hessian(mixed[c] for c in chunks))
+    for c in chunks:
+        x[c] += block.linear("o", mixed[c])
+    del mixed
+    compress(("gate", "up"), hessian(block.ffn_norm(x[c]) for c in chunks))
+    gated = torch.cat([block.gated(block.ffn_norm(x[c])) for c in chunks])
+    compress(("down",), hessian(gated[c] for c in chunks))
+    for c in chunks:
+        x[c] += block.linear("down", gated[c])
+
+
+def advance(block: Block, x: Tensor, rotation: Rotation) -> None:
+    """Carry the residual stream through a block that is compressed already, by the same arithmetic as `walk`."""
+    chunks = list(_chunks(x))
+    mixed = torch.cat([block.mix(block.attn_norm(x[c]), rotation) for c in chunks])
+    for c in chunks:
+        x[c] += block.linear("o", mixed[c])
+    del mixed
+    gated = torch.cat([block.gated(block.ffn_norm(x[c])) for c in chunks])
+    for c in chunks:
+        x[c] += block.linear("down", gated[c])
+
+
+def hessian(inputs: Iterator[Tensor]) -> Tensor:
+    """Sum of X^T X [in, in] over inputs [..., in]."""
+    total: Tensor | None = None
+    for x in inputs:
+        flat = x.reshape(-1, x.shape[-1])
+        if total is None:
+            total = torch.zeros(flat.shape[1], flat.shape[1])
+        total.addmm_(flat.T, flat)
+    assert total is not None
+    return total
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    step = max(1, TOKENS_AT_ONCE // x.shape[1])
+    for start in range(0, x.shape[0], step):
+        yield slice(start, min(start + step, x.shape[0]))

@@ -1,0 +1,189 @@
+"""The public face of the engine: a model by name, prompts in, text out. Knows no command line and no server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Many
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.load import load_decoder
+from ..checkpoint.memory import available_memory
+from ..errors import EngineError, UnknownName
+from ..settings import threads
+from .params import SamplingParams
+from .reference import Batch, kv_bytes
+from .sampling import Sampler, draw, sample
+from .sequence import Completion, Sequence, Token
+
+Weights = Literal["stored", "float"]
+Progress: TypeAlias = Callable[[str, int, int], None]
+Prompt: TypeAlias = "str | Many[int]"
+
+MAX_BATCH = 32
+GREEDY = SamplingParams()
+
+
+class LLM:
+    """A model that generates. Raises CheckpointError, TokenizerError or DoesNotFit if it cannot be loaded.
+
+    `weights`: "stored" keeps integer and bfloat16 weights as compact as the file; "float" expands all to float32, which
+    is what everything else is compared with. Activations and the KV cache are float32 in both.
+    """
+
+    def __init__(
+        self,
+        model: str | Path | Checkpoint,
+        weights: Weights = "stored",
+        *,
+        max_batch: int = MAX_BATCH,
+        progress: Progress | None = None,
+    ) -> None:
+        if weights not in ("stored", "float"):
+            raise UnknownName("way to hold weights", str(weights), ("stored", "float"))
+        if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+            raise EngineError(f"max_batch is {max_batch!r}, expected 1 or more")
+        torch.set_num_threads(threads())
+        self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        self.config = self.checkpoint.config
+        self.tokenizer = self.checkpoint.tokenizer()
+        self.decoder = load_decoder(self.checkpoint, progress=progress, packed=weights == "stored")
+        self.max_batch = max_batch
+
+    def generate(
+        self,
+        prompts: Many[str] | Many[Many[int]],
+        params: SamplingParams | Many[SamplingParams] = GREEDY,
+        progress: Progress | None = None,
+    ) -> list[Completion]:
+        """Complete every prompt (text, or token ids), in order; `params` for all, or one for each.
+
+        Raises EngineError for a prompt that is empty or too long, DoesNotFit if the KV cache does not fit.
+        """
+        if isinstance(prompts, str):
+            raise EngineError("prompts is one text, expected a list of prompts")
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if len(each) != len(prompts):
+            raise EngineError(f"{len(each)} sampling params for {len(prompts)} prompts")
+        pairs: Iterator[tuple[Prompt, SamplingParams]] = zip(prompts, each, strict=True)
+        sequences = [self._sequence(p, q, f"prompt {i}: ") for i, (p, q) in enumerate(pairs)]
+        done = 0
+        for wave in self._waves(sequences):
+            for _, token in self._run(wave):
+                if token.finish_reason is not None:
+                    done += 1
+                    if progress is not None:
+                        progress("generating", done, len(sequences))
+        return [sequence.completion() for sequence in sequences]
+
+    def stream(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[Token]:
+        """Tokens of one completion as they come; the last has a finish_reason. Raises EngineError at once."""
+        sequence = self._sequence(prompt, params)
+        return (token for _, token in self._run([sequence]))
+
+    def chat(self, messages: Many[Mapping[str, str]], params: SamplingParams = GREEDY) -> Completion:
+        """The assistant's answer to messages `{"role", "content"}`. Raises ChatTemplateError as well."""
+        return self.generate([self.chat_tokens(messages)], params)[0]
+
+    def chat_tokens(self, messages: Many[Mapping[str, str]]) -> list[int]:
+        """The prompt that the model's chat template makes of messages, ready for an answer."""
+        if self.tokenizer.chat_template is None:
+            raise EngineError(f"{self.checkpoint.name} has no chat template", hint="use it without one (--raw)")
+        return self.tokenizer.chat([dict(m) for m in messages])
+
+    @torch.inference_mode()
+    def sample_tokens(
+        self, sequences: int, length: int, seed: int, temperature: float = 1.0, progress: Progress | None = None
+    ) -> Tensor:
+        """Text that the model writes by itself: int64 [sequences, length], sampled from its start token.
+
+        Nothing is truncated or masked: after an end token it goes on as the model would. The start token is not part of
+        the result. The same seed gives the same tokens. Raises EngineError, DoesNotFit.
+        """
+        params = SamplingParams(max_tokens=length, temperature=temperature, seed=seed)
+        if params.greedy or isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:
+            raise EngineError(f"cannot sample {sequences!r} sequences at temperature {temperature!r}")
+        if length > self.config.max_positions:
+            raise EngineError(f"length {length} is more than the {self.config.max_positions} positions of the model")
+        uniform = torch.rand(sequences, length, generator=torch.Generator().manual_seed(seed))
+        tokens = torch.empty(sequences, length, dtype=torch.int64)
+        batch = Batch(self.decoder, [[self.start_token]] * sequences, length)
+        logits = batch.prefill()
+        for at in range(length):
+            tokens[:, at] = draw(logits / temperature, uniform[:, at])
+            if progress is not None:
+                progress("sampling", at + 1, length)
+            if at + 1 < length:
+                logits = batch.step(tokens[:, at].tolist())
+        return tokens
+
+    @property
+    def start_token(self) -> int:
+        """The token that begins a text: the beginning-of-sequence one, or else the one that ends a document."""
+        if self.tokenizer.bos_id is not None:
+            return self.tokenizer.bos_id
+        if not self.tokenizer.eos_ids:
+            raise EngineError(f"{self.checkpoint.name} has neither a start nor an end token to begin from")
+        return min(self.tokenizer.eos_ids)
+
+    def _sequence(self, prompt: Prompt, params: SamplingParams, where: str = "") -> Sequence:
+        """A checked request."""
+        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if not tokens:
+            raise EngineError(f"{where}the prompt is empty")
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
+                raise EngineError(f"{where}token {token!r} is not one of 0 to {self.config.vocab_size - 1}")
+        room = self.config.max_positions - len(tokens)
+        if room < 1:
+            raise EngineError(
+                f"{where}{len(tokens):,} tokens do not fit a context of {self.config.max_positions:,}",
+                hint=f"shorten the prompt by {1 - room:,} tokens or more, so that there is room to answer",
+            )
+        limit = min(params.max_tokens, room)
+        return Sequence(tokens, params, limit, self.tokenizer.eos_ids, self.tokenizer.stream())
+
+    def _waves(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
+        """Sequences in groups that are run together: of like lengths, and no more than memory holds."""
+        rest = sorted(sequences, key=lambda s: -len(s.prompt))
+        while rest:
+            size = min(self.max_batch, len(rest))  # half of what is free: the steps need some as well
+            while size > 1 and kv_bytes(self.config, size, _longest(rest[:size])) > available_memory() // 2:
+                size //= 2
+            yield rest[:size]
+            rest = rest[size:]
+
+    def _run(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, Token]]:
+        """Prefill, then sample and step until every sequence has finished; they leave as they do."""
+        batch = Batch(self.decoder, [s.prompt for s in sequences], _longest(sequences))
+        rows = [(s, Sampler(s.params)) for s in sequences]
+        logits = batch.prefill()
+        while True:
+            self._forbid_early_ends(logits, rows)
+            tokens = sample(logits, [sampler for _, sampler in rows])
+            for (sequence, _), token in zip(rows, tokens, strict=True):
+                yield sequence, sequence.push(token)
+            for row in reversed(range(len(rows))):
+                if rows[row][0].finish_reason is not None:
+                    batch.drop(row)
+                    rows[row] = rows[-1]
+                    rows.pop()
+            if not rows:
+                return
+            logits = batch.step([sequence.tokens[-1] for sequence, _ in rows])
+
+    def _forbid_early_ends(self, logits: Tensor, rows: list[tuple[Sequence, Any]]) -> None:
+        """min_tokens: no end token may be drawn before."""
+        with torch.inference_mode():
+            for row, (sequence, _) in enumerate(rows):
+                if not sequence.may_stop and not sequence.params.ignore_eos:
+                    logits[row, list(self.tokenizer.eos_ids)] = -torch.inf
+
+
+def _longest(sequences: list[Sequence]) -> int:
+    """Positions that the longest of these may take."""
+    return max(len(s.prompt) + s.limit for s in sequences)

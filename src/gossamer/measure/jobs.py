@@ -1,0 +1,191 @@
+"""The measurements as a worker process runs them: open, load, measure, answer in plain JSON values.
+
+Each job takes a Channel and JSON-able arguments. What must outlive a crash (which model it was, how it was measured) is
+reported as facts before the work that may fail. Knows nothing of the parent, of records' envelopes or of other engines.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from .. import settings
+from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint.load import load_decoder
+from ..engine.llm import LLM, Weights
+from ..errors import GossamerError, MeasureError
+from ..model.decoder import Decoder
+from . import speed
+from .corpus import Corpus, check_contamination, load_corpus
+from .memory import peak_rss, read_usage
+from .plans import SpeedPlan, WindowPlan
+from .quality import Quality, evaluate
+from .records import model_block
+from .samples import sample_prompts, sample_texts
+from .worker import Channel, describe
+
+
+def evaluate_models(
+    channel: Channel,
+    models: Sequence[str],
+    reference: str | None,
+    corpus: str,
+    corpus_sha256: str,
+    plan: dict[str, int],
+    tokens: int | None,
+    samples: int,
+    weights: Weights,
+) -> list[dict[str, Any]]:
+    """Judge models that share one tokenization (all of them the reference's, or a single model's own), side by side.
+
+    For each model, in order: {"results": {...}} or {"error": {"kind", "message", "hint"}}.
+    """
+    torch.set_num_threads(settings.threads())
+    text, windows = load_corpus(corpus), WindowPlan(**plan)
+    if text.sha256 != corpus_sha256:
+        raise MeasureError(f"{corpus} changed while it was being measured on")
+    judge = _Judge(channel, text, windows, tokens, weights)
+    anchor = None if reference is None else judge.load_reference(reference)
+    answers: list[dict[str, Any]] = [{} for _ in models]
+    decoders: dict[int, Decoder] = {}
+    for index, name in enumerate(models):
+        try:
+            decoders[index] = judge.load(index, name)
+        except GossamerError as error:
+            answers[index] = {"error": describe(error)}
+    if not decoders:
+        return answers
+    outcomes = evaluate(list(decoders.values()), anchor, judge.ids, windows, partial(channel.progress, "judging"))
+    for index, outcome in zip(decoders, outcomes, strict=True):
+        answers[index] = _answer(outcome, decoders[index], judge.checkpoints[index], samples)
+    return answers
+
+
+def bench_model(
+    channel: Channel, model: str, plan: dict[str, int], weights: Weights
+) -> Iterator[dict[str, Any] | None]:
+    """Load a model, then one run for each value asked for (warm-up runs first), then the results as the last value.
+
+    Memory is read in this order: `bare` with libraries and tokenizer but no weights; then after loading; the peak is
+    the process's own, import to end.
+    """
+    shape = SpeedPlan(**plan)
+    speed.warm_libraries()
+    began = time.perf_counter()
+    checkpoint = open_checkpoint(model)
+    tokenizer = checkpoint.tokenizer()
+    opening = time.perf_counter() - began
+    channel.fact("model", model_block(checkpoint))
+    shape.check(checkpoint.config.max_positions)
+    ordinary = speed.ordinary_tokens(tokenizer, load_corpus("default").text)
+    bare = read_usage(settle=True).rss
+    del tokenizer  # the engine makes its own, in the place of this one
+    began = time.perf_counter()
+    llm = LLM(checkpoint, weights, progress=channel.progress)
+    load_s = opening + time.perf_counter() - began
+    loaded = read_usage(settle=True).rss
+    yield None
+    timings: list[speed.Timing] = []
+    for run in range(shape.warmup + shape.repetitions):
+        timing = speed.time_run(llm, speed.make_prompts(ordinary, shape, seed=run), shape)
+        timings += [timing] if run >= shape.warmup else []
+        yield None
+    prompts = speed.make_prompts(ordinary, shape, seed=shape.warmup + shape.repetitions)
+    kv, source = speed.kv_bytes_per_token(llm, prompts, shape)
+    yield {
+        "wm_bytes": checkpoint.weight_bytes(),
+        "rm_weights_bytes": max(0, loaded - bare),
+        "rm_kv_bytes_per_token": kv,
+        "rm_kv_source": source,
+        "rm_peak_bytes": peak_rss(),
+        "bare_bytes": bare,
+        **speed.rates(timings, shape),
+        "load_s": load_s,
+    }
+
+
+class _Judge:
+    """Opens and loads the models of one job, and holds the tokens [n] that all of them are judged on."""
+
+    def __init__(self, channel: Channel, corpus: Corpus, plan: WindowPlan, limit: int | None, weights: Weights) -> None:
+        self.channel, self.corpus, self.plan, self.limit, self.weights = channel, corpus, plan, limit, weights
+        self.ids = torch.empty(0, dtype=torch.int64)
+        self.checkpoints: dict[int, Checkpoint] = {}
+        self._reference: tuple[Checkpoint, Decoder] | None = None
+
+    def load_reference(self, name: str) -> Decoder:
+        """Load what the others are compared with. Any error is the whole job's."""
+        try:
+            checkpoint = open_checkpoint(name)
+            self._tokenize(checkpoint)
+            decoder = self._decoder(checkpoint)
+        except GossamerError as error:
+            raise MeasureError(f"reference {name}: {error.message}", hint=error.hint) from error
+        self._reference = checkpoint, decoder
+        self.channel.fact("reference_fingerprint", checkpoint.fingerprint())
+        return decoder
+
+    def load(self, index: int, name: str) -> Decoder:
+        """Load one model, after every check that needs no weights. Raises GossamerError."""
+        checkpoint = self.checkpoints[index] = open_checkpoint(name)
+        self.channel.fact(f"model {index}", model_block(checkpoint))
+        check_contamination(self.corpus, checkpoint.manifest, name)
+        self._tokenize(checkpoint)
+        sample_prompts(checkpoint.tokenizer(), 1)  # a broken chat template is found before the work, not after it
+        if self._reference is not None:
+            other, decoder = self._reference
+            if checkpoint.config.vocab_size != other.config.vocab_size:
+                raise MeasureError(
+                    f"{name} knows {checkpoint.config.vocab_size} tokens, the reference {other.config.vocab_size}",
+                    hint="divergence compares distributions over one vocabulary: leave --reference away",
+                )
+            if checkpoint.fingerprint() == other.fingerprint():
+                return decoder
+        return self._decoder(checkpoint)
+
+    def _tokenize(self, checkpoint: Checkpoint) -> None:
+        """Tokens of the corpus by this model: those of the first stand for all. Raises MeasureError if they differ."""
+        ids = torch.tensor(checkpoint.tokenizer().encode(self.corpus.text)[: self.limit], dtype=torch.int64)
+        config = checkpoint.config
+        if self.plan.context > config.max_positions:
+            raise MeasureError(
+                f"{checkpoint.name} sees {config.max_positions} tokens, not {self.plan.context}", hint="lower --context"
+            )
+        if len(ids) and int(ids.max()) >= config.vocab_size:
+            raise MeasureError(
+                f"{checkpoint.name}: token {int(ids.max())} is past its vocabulary of {config.vocab_size}"
+            )
+        if not len(self.ids):
+            self.ids = ids
+            windows = len(self.plan.starts(len(ids)))
+            self.channel.fact("windows", windows)
+            self.channel.fact("tokens_scored", windows * self.plan.scored)
+        elif not torch.equal(ids, self.ids):
+            raise MeasureError(
+                f"{checkpoint.name} splits the text into other tokens than the reference",
+                hint="divergence needs one tokenizer: leave --reference away",
+            )
+
+    def _decoder(self, checkpoint: Checkpoint) -> Decoder:
+        return load_decoder(checkpoint, torch.float32, self.channel.progress, packed=self.weights == "stored")
+
+
+def _answer(outcome: Quality | MeasureError, decoder: Decoder, checkpoint: Checkpoint, samples: int) -> dict[str, Any]:
+    if isinstance(outcome, MeasureError):
+        return {"error": describe(outcome)}
+    return {
+        "results": {
+            "perplexity": outcome.perplexity,
+            "nll": outcome.nll,
+            "kld_mean": outcome.kld_mean,
+            "kld_p99": outcome.kld_p99,
+            "top1_agreement": outcome.top1_agreement,
+            "seconds": outcome.seconds,
+            "tokens_per_second": outcome.tokens_read / outcome.seconds,
+            "samples": sample_texts(decoder, checkpoint.tokenizer(), samples),
+        }
+    }

@@ -1,0 +1,167 @@
+"""How well a model predicts a text, and how far it has moved from the model it was made from.
+
+Windows of `context` tokens start every `stride` tokens; the last `scored` tokens of each are predicted from all that
+stand before them in the window; an incomplete last window is dropped. The text is tokenized once, as a whole, with what
+special tokens the tokenizer adds by itself. Per scored token, over the whole vocabulary and in float64:
+
+    perplexity        exp of the mean negative log-likelihood of the token that is there
+    KL divergence     sum p_reference * (log p_reference - log p_model), mean and 99th percentile
+    top-1 agreement   share of tokens where both models think the same token likeliest
+
+Knows decoders and token ids; knows no files, tokenizers or processes. At most CHUNK rows of logits exist at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import MeasureError
+from ..model.decoder import Decoder
+from .plans import WindowPlan
+
+CHUNK = 64
+"""Positions whose logits [CHUNK, vocab_size] are held at once."""
+LARGEST_NLL = 700.0
+"""Beyond it, exp() leaves float64."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The outcome for one model; divergence is None where there was no reference."""
+
+    nll: float
+    tokens_scored: int
+    tokens_read: int
+    """Tokens of all windows, those before the scored ones included: what `seconds` was spent on."""
+    seconds: float
+    kld_mean: float | None = None
+    kld_p99: float | None = None
+    top1_agreement: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nll)
+
+
+def evaluate(
+    models: Sequence[Decoder],
+    reference: Decoder | None,
+    tokens: Tensor,
+    plan: WindowPlan,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Quality | MeasureError]:
+    """Judge models on tokens [n] beside one reference, whose forward pass is computed once for all of them.
+
+    A model that yields NaN or infinity gives a MeasureError in its place and the others go on; a reference that does,
+    or a text shorter than one window, raises it. A model that *is* the reference is computed once.
+    """
+    starts = plan.starts(len(tokens))
+    if not starts:
+        raise MeasureError(
+            f"the text has {len(tokens)} tokens, less than one window of {plan.context}", hint="lower --context"
+        )
+    anchor = None if reference is None else _Scorer(reference)
+    scorers = [anchor if anchor is not None and model is reference else _Scorer(model) for model in models]
+    for done, start in enumerate(starts):
+        _score_window(scorers, anchor, tokens[start : start + plan.context], plan.scored)
+        progress(done + 1, len(starts))
+    return [scorer.outcome() for scorer in scorers]
+
+
+class _Scorer:
+    """One decoder, the time it took, and what it scored so far."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.tokens_read = 0
+        self.seconds = 0.0
+        self.error: MeasureError | None = None
+        self.states = torch.empty(0)
+        self.nll: list[Tensor] = []
+        self.kld: list[Tensor] = []
+        self.agreed: list[Tensor] = []
+
+    def read(self, window: Tensor, scored: int) -> None:
+        """Run the blocks over a window [context]; keep the states [scored, hidden_size] of the positions to score."""
+        began = time.perf_counter()
+        self.states = hidden_states(self.decoder, window, scored)
+        self.seconds += time.perf_counter() - began
+        self.tokens_read += len(window)
+
+    def predict(self, rows: slice) -> Tensor:
+        """Log-probabilities [rows, vocab_size] of the window that was read."""
+        began = time.perf_counter()
+        logp = log_probabilities(self.decoder, self.states[rows])
+        self.seconds += time.perf_counter() - began
+        return logp
+
+    def add(self, logp: Tensor, truth: Tensor | None, targets: Tensor) -> None:
+        """Score log-probabilities [rows, vocab_size] against targets [rows] and against the reference's, if any."""
+        self.nll.append(-logp.gather(1, targets.unsqueeze(1)).squeeze(1))
+        if truth is not None:
+            self.kld.append((truth.exp() * (truth - logp)).sum(-1))
+            self.agreed.append(logp.argmax(-1) == truth.argmax(-1))
+
+    def outcome(self) -> Quality | MeasureError:
+        if self.error is not None:
+            return self.error
+        nll = torch.cat(self.nll)
+        mean = float(nll.mean())
+        if mean > LARGEST_NLL:
+            return MeasureError(f"mean negative log-likelihood {mean:.4g}: the perplexity is past every float")
+        if not self.kld:
+            return Quality(mean, len(nll), self.tokens_read, self.seconds)
+        kld = torch.cat(self.kld).numpy()
+        return Quality(
+            nll=mean,
+            tokens_scored=len(nll),
+            tokens_read=self.tokens_read,
+            seconds=self.seconds,
+            kld_mean=float(kld.mean()),
+            kld_p99=float(np.quantile(kld, 0.99)),
+            top1_agreement=float(torch.cat(self.agreed).double().mean()),
+        )
+
+
+@torch.inference_mode()
+def _score_window(scorers: Sequence[_Scorer], anchor: _Scorer | None, window: Tensor, scored: int) -> None:
+    """Add one window [context] to all scorers, side by side, CHUNK scored positions at a time."""
+    targets = window[-scored:]
+    going = [scorer for scorer in scorers if scorer.error is None]
+    for scorer in dict.fromkeys([*going, *([] if anchor is None else [anchor])]):
+        scorer.read(window, scored)
+    for rows in (slice(i, i + CHUNK) for i in range(0, scored, CHUNK)):
+        truth = None if anchor is None else anchor.predict(rows)
+        for scorer in going:
+            if scorer.error is not None:
+                continue
+            try:
+                logp = truth if scorer is anchor and truth is not None else scorer.predict(rows)
+                scorer.add(logp, truth, targets[rows])
+            except MeasureError as error:
+                scorer.error = error
+
+
+def hidden_states(decoder: Decoder, window: Tensor, scored: int) -> Tensor:
+    """Hidden states [scored, hidden_size] from which the last `scored` tokens of window [context] are predicted."""
+    rotation = decoder.rotation(torch.arange(len(window)).unsqueeze(0))
+    x = decoder.embed(window.unsqueeze(0))
+    for block in decoder.blocks:
+        x = block(x, rotation, None)
+    found: Tensor = x[0, -scored - 1 : -1]
+    return found
+
+
+def log_probabilities(decoder: Decoder, states: Tensor) -> Tensor:
+    """Log-probabilities [rows, vocab_size], float64, from states [rows, hidden_size]. Raises MeasureError on NaN."""
+    logits = decoder.logits(states)
+    if not torch.isfinite(logits).all():
+        raise MeasureError("the model's logits are not finite: NaN or infinity")
+    return logits.double().log_softmax(-1)

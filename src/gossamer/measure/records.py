@@ -1,0 +1,150 @@
+"""Result records: one JSON object per measurement, appended to a file that is never rewritten.
+
+A record says what was measured (model), by what (engine), on what (machine), how (protocol), and what came out
+(results). Knows nothing of how results are obtained, and reads no records: reports do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from .. import __version__, settings
+from .memory import total_memory
+
+if TYPE_CHECKING:
+    from ..checkpoint.base import Checkpoint
+
+SCHEMA = 1
+Record: TypeAlias = dict[str, Any]
+Kind: TypeAlias = Literal["eval", "bench", "compress"]
+
+_ISA = {
+    "avx2": "avx2",
+    "avx512f": "avx512",
+    "avx512_vnni": "vnni",
+    "avx_vnni": "avxvnni",
+    "avx512_bf16": "bf16",
+    "amx_tile": "amx",
+    "asimd": "neon",
+    "asimddp": "dotprod",
+    "i8mm": "i8mm",
+    "sve": "sve",
+}
+"""Processor flags that matter to matrix products, and the short words that a record uses for them."""
+
+
+def make_record(
+    kind: Kind,
+    *,
+    model: Mapping[str, Any],
+    engine: Mapping[str, Any],
+    protocol: Mapping[str, Any],
+    results: Mapping[str, Any] | None = None,
+    error: str | None = None,
+    threads: int | None = None,
+) -> Record:
+    """A whole record; with `error` it is marked failed and has no results."""
+    return {
+        "schema": SCHEMA,
+        "kind": kind,
+        "status": "ok" if error is None else "failed",
+        "error": error,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": dict(model),
+        "engine": dict(engine),
+        "machine": machine_block(threads),
+        "protocol": dict(protocol),
+        "results": dict(results or {}) if error is None else {},
+    }
+
+
+def model_block(checkpoint: Checkpoint) -> Record:
+    """What a record says about a model; reads the whole model once for its fingerprint (cached)."""
+    manifest = checkpoint.manifest or {}
+    return {
+        "name": checkpoint.name,
+        "path": str(checkpoint.path),
+        "fingerprint": checkpoint.fingerprint(),
+        "base": (manifest.get("base") or {}).get("name"),
+        "recipe": (manifest.get("recipe") or {}).get("name"),
+        "note": checkpoint.source_note,
+        "parameters": checkpoint.parameters(),
+        "weight_bytes": checkpoint.weight_bytes(),
+        "bits_per_weight": round(checkpoint.bits_per_weight(), 4),
+    }
+
+
+def unknown_model_block(name: str) -> Record:
+    """The model block of a failed record whose model could not even be opened."""
+    keys = ("path", "fingerprint", "base", "recipe", "note", "parameters", "weight_bytes", "bits_per_weight")
+    return {"name": name, **dict.fromkeys(keys)}
+
+
+def engine_block(dtype: str = "float32", backend: str = "reference") -> Record:
+    """What a record says about Gossamer's own engine."""
+    return {"name": "gossamer", "backend": backend, "version": __version__, "dtype": dtype}
+
+
+def machine_block(threads: int | None = None) -> Record:
+    """The machine as this process sees it; `threads` defaults to settings.threads()."""
+    return {
+        "cpu": _cpu_name(),
+        "isa": isa(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": settings.threads() if threads is None else threads,
+        "memory_bytes": total_memory(),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+    }
+
+
+def isa() -> str:
+    """The instruction sets that matter here, such as `avx2+avx512+vnni+bf16`, or the architecture's name."""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo(), re.MULTILINE)
+    flags = set(found[1].split()) if found else set()
+    return "+".join(short for flag, short in _ISA.items() if flag in flags) or platform.machine()
+
+
+def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Append one line with one write and fsync it, so that runs in parallel never mix. Refuses NaN (ValueError)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line  # a line cut off by a crash must not swallow this one
+        if os.write(handle, line) != len(line):
+            raise OSError(f"{path}: the record was written only in part")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cpuinfo() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
+
+
+def _cpu_name() -> str:
+    found = re.search(r"^model name\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,196 @@
+"""Measure models, each in a process of its own, and yield one record for each: measured, or failed with the reason.
+
+Quality: models that share a reference are judged side by side, so that the reference is computed once; a model that
+did not fit beside the others, or whose process died with them, is tried once more alone. Speed: all models stay loaded
+and take turns, A B A B, so that a machine that drifts drifts for all alike. Knows no command line, and no tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from .. import settings
+from ..errors import UnknownName
+from .corpus import Corpus
+from .plans import SpeedPlan, WindowPlan
+from .records import Kind, Record, engine_block, make_record, unknown_model_block
+from .worker import Job, Progress, Worker, WorkerError
+
+if TYPE_CHECKING:
+    from ..engine.llm import Weights
+
+ENGINES = ("gossamer",)
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to judge and how. `tokens` limits how much of the corpus is used."""
+
+    corpus_source: str
+    corpus: Corpus
+    plan: WindowPlan
+    reference: str | None = None
+    tokens: int | None = None
+    samples: int = 3
+    weights: Weights = "float"
+    threads: int | None = None
+
+
+def check_engine(name: str) -> None:
+    """Raises UnknownName unless this engine can be measured."""
+    if name not in ENGINES:
+        raise UnknownName("engine", name, ENGINES)
+
+
+def check_weights(name: str) -> Weights:
+    """Raises UnknownName unless weights can be held in this way."""
+    if name == "stored":
+        return "stored"
+    if name == "float":
+        return "float"
+    raise UnknownName("way to hold weights", name, ("stored", "float"))
+
+
+def evaluate_models(models: Sequence[str], request: EvalRequest, progress: Progress) -> Iterator[Record]:
+    """One eval record for each model, in order."""
+    if request.reference is None:
+        for model in models:
+            yield from _evaluate_group([model], request, progress)
+    elif models:
+        yield from _evaluate_group(models, request, progress)
+
+
+def _evaluate_group(models: Sequence[str], request: EvalRequest, progress: Progress) -> Iterator[Record]:
+    """Records of models judged in one process; those that failed for want of room are judged again, alone."""
+    facts, answers = _evaluate_together(models, request, progress)
+    for index, (model, answer) in enumerate(zip(models, answers, strict=True)):
+        if len(models) > 1 and answer.get("error", {}).get("kind") in {"WorkerDied", "DoesNotFit", "MemoryError"}:
+            yield from _evaluate_group([model], request, progress)
+            continue
+        yield _record(
+            "eval",
+            facts.get(f"model {index}") or unknown_model_block(model),
+            _eval_protocol(request, facts),
+            answer,
+            request.threads,
+        )
+
+
+def _evaluate_together(
+    models: Sequence[str], request: EvalRequest, progress: Progress
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What the worker reported and, for each model, {"results"} or {"error"}."""
+    job = Job(
+        "gossamer.measure.jobs:evaluate_models",
+        {
+            "models": list(models),
+            "reference": request.reference,
+            "corpus": request.corpus_source,
+            "corpus_sha256": request.corpus.sha256,
+            "plan": asdict(request.plan),
+            "tokens": request.tokens,
+            "samples": request.samples,
+            "weights": request.weights,
+        },
+        request.threads,
+    )
+    with Worker(job, progress) as worker:
+        try:
+            return worker.facts, next(worker)
+        except WorkerError as error:
+            return worker.facts, [_failure(error)] * len(models)
+
+
+def _eval_protocol(request: EvalRequest, facts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "corpus": request.corpus.name,
+        "corpus_sha256": request.corpus.sha256,
+        **asdict(request.plan),
+        "windows": facts.get("windows"),
+        "tokens_scored": facts.get("tokens_scored"),
+        "reference": request.reference,
+        "reference_fingerprint": facts.get("reference_fingerprint"),
+        "weights": request.weights,
+        "threads": _threads(request.threads),
+    }
+
+
+def bench_models(
+    models: Sequence[str],
+    plan: SpeedPlan,
+    progress: Progress,
+    weights: Weights = "stored",
+    threads: int | None = None,
+) -> Iterator[Record]:
+    """One bench record for each model, in order: loaded one after another, then run in turns."""
+    with ExitStack() as stack:
+        racers = [_Racer(stack, model, plan, weights, threads, progress) for model in models]
+        runs = plan.warmup + plan.repetitions
+        for turn in range(runs):
+            for racer in racers:
+                racer.step()
+            progress("timing", turn + 1, runs)
+        for racer in racers:
+            racer.step()
+    protocol = {**asdict(plan), "weights": weights, "threads": _threads(threads)}
+    for racer in racers:
+        model = racer.facts.get("model") or unknown_model_block(racer.model)
+        yield _record("bench", model, protocol, racer.answer, threads)
+
+
+class _Racer:
+    """One model in its own process, loaded, that runs once whenever it is told to."""
+
+    def __init__(
+        self, stack: ExitStack, model: str, plan: SpeedPlan, weights: str, threads: int | None, progress: Progress
+    ) -> None:
+        self.model = model
+        self.answer: dict[str, Any] = {}
+        job = Job(
+            "gossamer.measure.jobs:bench_model", {"model": model, "plan": asdict(plan), "weights": weights}, threads
+        )
+        self._worker = stack.enter_context(Worker(job, progress))
+        self.facts = self._worker.facts
+        self.step()
+
+    def step(self) -> None:
+        """Take the worker's next value: nothing, or at the end the results. A worker that failed is let go."""
+        if "error" in self.answer:
+            return
+        try:
+            value = next(self._worker)
+        except WorkerError as error:
+            self.answer = _failure(error)
+            self._worker.close(kill=True)
+        else:
+            self.answer = {} if value is None else {"results": value}
+
+
+def _record(
+    kind: Kind, model: dict[str, Any], protocol: dict[str, Any], answer: dict[str, Any], threads: int | None
+) -> Record:
+    error = answer.get("error")
+    return make_record(
+        kind,
+        model=model,
+        engine=engine_block(),
+        protocol=protocol,
+        results=answer.get("results"),
+        error=None if error is None else f"{error['kind']}: {error['message']}" + _parenthesis(error["hint"]),
+        threads=_threads(threads),
+    )
+
+
+def _failure(error: WorkerError) -> dict[str, Any]:
+    return {"error": {"kind": error.kind, "message": error.message, "hint": error.hint}}
+
+
+def _parenthesis(hint: str | None) -> str:
+    return "" if hint is None else f" ({hint})"
+
+
+def _threads(threads: int | None) -> int:
+    return settings.threads() if threads is None else threads

@@ -1,0 +1,118 @@
+"""How fast a model reads and writes, and what memory that takes, in this process.
+
+One run: `batch` prompts of `prompt_tokens` ordinary tokens are read together (its end is the time to first token),
+then each is continued greedily, end tokens ignored, to `output_tokens`. Every run has prompts of its own, from a seed,
+so that nothing remembered of an earlier run helps a later one. The KV cache is allocated inside the timed part.
+
+    prefill tokens/s = batch * prompt_tokens / time to first token
+    decode tokens/s  = batch * (output_tokens - 1) / time from the first token to the last
+
+Knows the engine; knows no rounds, no other models and no records.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .. import settings
+from ..checkpoint import Tokenizer
+from ..engine import LLM
+from ..engine.reference import Batch
+from ..model.config import LayerConfig, ModelConfig, Rope
+from ..model.decoder import Decoder
+from .memory import read_usage
+from .plans import SpeedPlan
+
+ORDINARY_TEXT = 100_000
+"""Characters of text whose tokens prompts are made of."""
+PAGE_NOISE = 4 << 20
+"""Bytes of growth that RSS may show for reasons of its own: thread buffers, heap pages, scratch space."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one run."""
+
+    first_token: float
+    decode: float
+
+
+def warm_libraries() -> None:
+    """Load and run a model of no size, so that what libraries import and allocate at first use is not the model's."""
+    torch.set_num_threads(settings.threads())
+    config = ModelConfig("llama", 8, 8, (LayerConfig(1, 1, 8, 8),), 1e-5, Rope(), "silu", True, 8)
+    with torch.device("meta"):
+        Decoder(config)
+    batch = Batch(Decoder(config), [[0, 1]], 3)
+    batch.prefill()
+    batch.step([2])
+
+
+def ordinary_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Sorted distinct token ids that occur in a text: no special token, and none that was never trained."""
+    return sorted(set(tokenizer.encode(text[:ORDINARY_TEXT], special=False)))
+
+
+def make_prompts(ordinary: Sequence[int], plan: SpeedPlan, seed: int) -> list[list[int]]:
+    """Token ids [batch][prompt_tokens], the same for the same seed."""
+    draw = random.Random(seed)
+    return [draw.choices(ordinary, k=plan.prompt_tokens) for _ in range(plan.batch)]
+
+
+def time_run(llm: LLM, prompts: Sequence[Sequence[int]], plan: SpeedPlan) -> Timing:
+    """One run on the clock."""
+    began = time.perf_counter()
+    batch = Batch(llm.decoder, prompts, plan.prompt_tokens + plan.output_tokens)
+    first = _run(batch, plan)
+    return Timing(first - began, time.perf_counter() - first)
+
+
+def kv_bytes_per_token(llm: LLM, prompts: Sequence[Sequence[int]], plan: SpeedPlan) -> tuple[int, str]:
+    """Bytes of KV cache for each token of context, and where the number is from: "measured" or "computed".
+
+    Measured: growth of RSS from before a run to its end, its cache still alive, over the tokens in it. Where that
+    drowns in the noise of the process, the size is computed from the model's shape (float32), and says so.
+    """
+    before = read_usage(settle=True).rss
+    batch = Batch(llm.decoder, prompts, plan.prompt_tokens + plan.output_tokens)
+    _run(batch, plan)
+    growth = read_usage(settle=True).rss - before
+    held = sum(batch.lengths)
+    if growth < PAGE_NOISE:
+        return 4 * llm.config.kv_elements_per_token(), "computed"
+    return round(growth / held), "measured"
+
+
+def _run(batch: Batch, plan: SpeedPlan) -> float:
+    """Read the prompts and continue them; the moment at which the first tokens were there."""
+    tokens = batch.prefill().argmax(-1).tolist()
+    first = time.perf_counter()
+    for _ in range(plan.output_tokens - 1):
+        tokens = batch.step(tokens).argmax(-1).tolist()
+    return first
+
+
+def rates(timings: Sequence[Timing], plan: SpeedPlan) -> dict[str, dict[str, Any]]:
+    """Prefill and decode rates and time to first token over all repetitions, in the order they were taken."""
+    return {
+        "prefill_tokens_per_s": summary([plan.batch * plan.prompt_tokens / t.first_token for t in timings]),
+        "decode_tokens_per_s": summary([plan.batch * (plan.output_tokens - 1) / t.decode for t in timings]),
+        "ttft_s": summary([t.first_token for t in timings]),
+    }
+
+
+def summary(samples: Sequence[float]) -> dict[str, Any]:
+    """Median, least, most, and every sample."""
+    return {
+        "median": statistics.median(samples),
+        "min": min(samples),
+        "max": max(samples),
+        "samples": list(samples),
+    }

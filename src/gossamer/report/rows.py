@@ -1,0 +1,237 @@
+"""Group records to rows: one per model and engine, holding the newest record of each kind.
+
+A failed run stays a row. A model benched in two engines is two rows that share one evaluation of the weights,
+unless that engine was evaluated itself. Does not know how a row is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias, TypeVar
+
+from ..errors import MeasureError
+from .records import BenchRecord, CompressRecord, EvalRecord, Record, read_records
+
+EngineKey: TypeAlias = tuple[str, str | None, str | None]
+_R = TypeVar("_R", EvalRecord, BenchRecord, CompressRecord)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in one engine: what is known of it, and the newest record of each kind."""
+
+    name: str
+    label: str
+    """The name, with a piece of the fingerprint where two models share the name."""
+    fingerprint: str | None
+    base: str | None
+    recipe: str | None
+    note: str | None
+    parameters: int | None
+    weight_bytes: int | None
+    bits_per_weight: float | None
+    evaluation: EvalRecord | None
+    bench: BenchRecord | None
+    compression: CompressRecord | None
+    baseline: bool = False
+    """True if other rows are measured against this model."""
+    superseded: int = 0
+    """Older records of this model that the row does not show."""
+
+    @property
+    def model(self) -> tuple[str, str | None]:
+        """Which model this is, whatever engine ran it: name and fingerprint."""
+        return self.name, self.fingerprint
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """The records behind the row."""
+        return tuple(r for r in (self.evaluation, self.bench, self.compression) if r is not None)
+
+    @property
+    def failures(self) -> tuple[Record, ...]:
+        """The records that were tried and did not finish."""
+        return tuple(r for r in self.records if r.failed)
+
+    @property
+    def failed(self) -> bool:
+        """True if anything that was tried on this model failed."""
+        return bool(self.failures)
+
+    @property
+    def engine(self) -> str | None:
+        """What ran it: the engine of the bench, else of the evaluation."""
+        record = self.bench or self.evaluation
+        return record.engine.label if record else None
+
+    @property
+    def size_bytes(self) -> int | None:
+        """Weight memory: as benched, else as stored."""
+        benched = self.bench.results.wm_bytes if self.bench else None
+        return self.weight_bytes if benched is None else benched
+
+    @property
+    def decode_tokens_per_s(self) -> float | None:
+        """Median decode speed."""
+        spread = self.bench.results.decode_tokens_per_s if self.bench else None
+        return spread.median if spread else None
+
+    @property
+    def perplexity(self) -> float | None:
+        """Perplexity on the protocol's corpus."""
+        return self.evaluation.results.perplexity if self.evaluation else None
+
+    @property
+    def kld_mean(self) -> float | None:
+        """Mean KL divergence to the reference, nats per token."""
+        return self.evaluation.results.kld_mean if self.evaluation else None
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """Fraction of tokens on which the reference's most probable token is the same."""
+        return self.evaluation.results.top1_agreement if self.evaluation else None
+
+
+def load(paths: Iterable[str | Path]) -> list[Row]:
+    """Rows of all records in these files and folders, the baseline first, then by size.
+
+    Raises UsageError for a missing path, MeasureError for a malformed record or if there is none at all.
+    """
+    paths = list(paths)
+    records = read_records(paths)
+    if not records:
+        names = ", ".join(map(str, paths)) or "no path"
+        raise MeasureError(
+            f"no result records in {names}", hint="`gossamer eval`, `bench` and `compress` write them as *.jsonl"
+        )
+    return group(records)
+
+
+def group(records: Sequence[Record]) -> list[Row]:
+    """Rows of these records, the baseline first, then by size, then by name."""
+    rows = [row for model in _by_model(records) for row in _model_rows(model)]
+    rows = _with_baseline(_with_labels(rows))
+    return sorted(rows, key=_order)
+
+
+def reference_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The row that this one is measured against, in the same engine where there is one; None for a baseline."""
+    targets = [] if row.baseline else [other for other in _targets(row, rows) if other.model != row.model]
+    return next((other for other in targets if other.engine == row.engine), targets[0] if targets else None)
+
+
+def finite(value: float | None) -> float | None:
+    """The value, or None where there is no number to compare."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _by_model(records: Sequence[Record]) -> Iterator[list[Record]]:
+    """Records of one model each, newest first. The key is fingerprint and name.
+
+    A record without fingerprint (a run that failed early) joins the only model of its name, if it is the only one.
+    """
+    known: dict[str, set[str]] = {}
+    for record in records:
+        if record.model.fingerprint:
+            known.setdefault(record.model.name, set()).add(record.model.fingerprint)
+    groups: dict[tuple[str, str], list[tuple[int, Record]]] = {}
+    for position, record in enumerate(records):
+        of_name = known.get(record.model.name, set())
+        fingerprint = record.model.fingerprint or (next(iter(of_name)) if len(of_name) == 1 else "")
+        groups.setdefault((record.model.name, fingerprint), []).append((position, record))
+    for members in groups.values():
+        # Of two records of the same instant the one that was read last is the newer.
+        members.sort(key=lambda member: (member[1].created, member[0]), reverse=True)
+        yield [record for _, record in members]
+
+
+def _model_rows(newest_first: list[Record]) -> Iterator[Row]:
+    """A row for each engine that the model was benched in, or one row if it was not."""
+    benches = _newest_per_engine([r for r in newest_first if isinstance(r, BenchRecord)])
+    evals = _newest_per_engine([r for r in newest_first if isinstance(r, EvalRecord)])
+    compression = next((r for r in newest_first if isinstance(r, CompressRecord)), None)
+    shown = {id(r) for r in (*benches.values(), compression)}
+    chosen: list[tuple[BenchRecord | None, EvalRecord | None]] = []
+    for key, bench in benches.items():
+        chosen.append((bench, evals.get(key) or next(iter(evals.values()), None)))
+    if not chosen:
+        chosen.append((None, next(iter(evals.values()), None)))
+    shown |= {id(evaluation) for _, evaluation in chosen}
+    hidden = sum(id(r) not in shown for r in newest_first)
+    for ran, evaluation in chosen:
+        yield _row(newest_first, evaluation, ran, compression, hidden)
+        hidden = 0  # counted once per model
+
+
+def _newest_per_engine(newest_first: list[_R]) -> dict[EngineKey, _R]:
+    """The newest record for each engine, newest engine first. A version is not another engine, a backend is."""
+    found: dict[EngineKey, _R] = {}
+    for record in newest_first:
+        found.setdefault((record.engine.name, record.engine.backend, record.engine.dtype), record)
+    return found
+
+
+def _row(
+    newest_first: list[Record],
+    evaluation: EvalRecord | None,
+    bench: BenchRecord | None,
+    compression: CompressRecord | None,
+    superseded: int,
+) -> Row:
+    """A row; each fact about the model comes from the newest record that states it."""
+    models = [record.model for record in newest_first]
+    return Row(
+        name=models[0].name,
+        label=models[0].name,
+        fingerprint=next((m.fingerprint for m in models if m.fingerprint), None),
+        base=next((m.base for m in models if m.base), None),
+        recipe=next((m.recipe for m in models if m.recipe), None),
+        note=next((m.note for m in models if m.note), None),
+        parameters=next((m.parameters for m in models if m.parameters is not None), None),
+        weight_bytes=next((m.weight_bytes for m in models if m.weight_bytes is not None), None),
+        bits_per_weight=next((m.bits_per_weight for m in models if m.bits_per_weight is not None), None),
+        evaluation=evaluation,
+        bench=bench,
+        compression=compression,
+        superseded=superseded,
+    )
+
+
+def _with_labels(rows: list[Row]) -> list[Row]:
+    """Rows whose name stands for two models say which one they are."""
+    fingerprints: dict[str, set[str | None]] = {}
+    for row in rows:
+        fingerprints.setdefault(row.name, set()).add(row.fingerprint)
+    return [
+        replace(row, label=f"{row.name} @{(row.fingerprint or 'unknown').removeprefix('sha256:')[:7]}")
+        if len(fingerprints[row.name]) > 1
+        else row
+        for row in rows
+    ]
+
+
+def _targets(row: Row, rows: Sequence[Row]) -> list[Row]:
+    """The rows that this row's records name as its reference: by fingerprint, else by name, else as its base."""
+    protocol = row.evaluation.protocol if row.evaluation else {}
+    fingerprint, name = protocol.get("reference_fingerprint"), protocol.get("reference")
+    return (
+        [other for other in rows if fingerprint and other.fingerprint == fingerprint]
+        or [other for other in rows if name and other.name == name]
+        or [other for other in rows if row.base and other.name == row.base and other.model != row.model]
+    )
+
+
+def _with_baseline(rows: list[Row]) -> list[Row]:
+    """Marks the models that others refer to; where none does, those that no recipe made."""
+    referred = {target.model for row in rows for target in _targets(row, rows)}
+    if not referred:
+        referred = {row.model for row in rows if row.recipe is None and row.base is None}
+    return [replace(row, baseline=row.model in referred) for row in rows]
+
+
+def _order(row: Row) -> tuple[bool, float, str, str]:
+    size = row.size_bytes
+    return (not row.baseline, math.inf if size is None else size, row.label, row.engine or "")

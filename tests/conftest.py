@@ -1,0 +1,35 @@
+"""What holds for every test: one compute thread for each worker, no network, caches of its own, steady examples."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+
+import pytest
+
+# Before torch is imported: workers that each use all cores stand in each other's way.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOSSAMER_THREADS"):
+    os.environ.setdefault(_variable, "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "GOSSAMER_HOME" not in os.environ:  # the workers inherit the folder of the process that started them
+    os.environ["GOSSAMER_HOME"] = tempfile.mkdtemp(prefix="gossamer-tests-")
+    atexit.register(shutil.rmtree, os.environ["GOSSAMER_HOME"], ignore_errors=True)
+
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("gossamer", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("gossamer")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

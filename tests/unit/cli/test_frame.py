@@ -1,0 +1,167 @@
+"""The frame of the command line: help, unknown names, errors, exit codes, and the manners of stdout and stderr."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import typer
+
+from gossamer import __version__
+from gossamer.cli import _app, _console, main
+from gossamer.errors import DoesNotFit, UsageError
+
+COMMANDS = ["run", "chat", "compress", "eval", "bench", "report", "plan", "doctor"]
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert [c for c in COMMANDS if f"\n  {c} " not in listed] == []
+
+
+def test_no_arguments_show_the_help(capsys):
+    assert main([]) == 0
+    assert "Usage: gossamer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself_with_an_example(command, capsys):
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"  gossamer {command}" in text.split("\n", 1)[1]
+    assert "--json" in text or command == "chat"
+    assert "--quiet" in text
+
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from gossamer.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"torch", "numpy", "transformers", "tokenizers", "plotly", "jinja2", "gguf", "rich", "pydantic", "psutil"}
+    assert heavy & set(done.stderr.split()) == set()
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"gossamer {__version__}\n"
+
+
+def test_unknown_command_suggests_the_nearest(capsys):
+    assert main(["rnu", "smollm2"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "error: unknown command 'rnu'\n  did you mean 'run'?\n"
+
+
+def test_unknown_option_suggests_the_nearest(capsys):
+    assert main(["run", "smollm2", "hello", "--temprature", "1"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: unknown option '--temprature'\n  did you mean '--temperature'")
+
+
+def test_missing_argument_is_a_usage_error(capsys):
+    assert main(["run"]) == 2
+    err = capsys.readouterr().err
+    assert "MODEL" in err
+    assert "gossamer run --help" in err
+
+
+def _raising(monkeypatch, error):
+    app = typer.Typer(rich_markup_mode=None)
+
+    @app.callback()
+    def root() -> None: ...
+
+    @app.command()
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(_app, "app", app)
+
+
+def test_an_error_is_one_message_with_its_hint_and_exit_code(monkeypatch, capsys):
+    _raising(monkeypatch, DoesNotFit("needs [9] MB, has [1] MB", hint="buy memory"))
+    assert main(["fail"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "error: needs [9] MB, has [1] MB\n  buy memory\n")
+
+
+def test_a_usage_error_exits_with_2(monkeypatch):
+    _raising(monkeypatch, UsageError("no"))
+    assert main(["fail"]) == 2
+
+
+@pytest.mark.parametrize("argv", [["--debug", "fail"], ["fail", "--debug"]])
+def test_debug_shows_where_an_error_came_from(monkeypatch, argv):
+    _raising(monkeypatch, DoesNotFit("x"))
+    with pytest.raises(DoesNotFit):
+        main(argv)
+
+
+def test_debug_by_environment(monkeypatch):
+    _raising(monkeypatch, DoesNotFit("x"))
+    monkeypatch.setenv("GOSSAMER_DEBUG", "1")
+    with pytest.raises(DoesNotFit):
+        main(["fail"])
+
+
+def test_interrupt_exits_with_130(monkeypatch, capsys):
+    _raising(monkeypatch, KeyboardInterrupt())
+    assert main(["fail"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_out_of_memory_is_a_message(monkeypatch, capsys):
+    _raising(monkeypatch, MemoryError())
+    assert main(["fail"]) == 1
+    assert "out of memory" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_error():
+    code = "import sys; from gossamer.cli import main; sys.exit(main(['run', '--help']))"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        done = subprocess.run([sys.executable, "-c", code], stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert done.stderr == ""
+    assert done.returncode == 1
+
+
+def test_json_is_one_line_and_refuses_nan(capsys):
+    _console.emit_json({"text": "zwei\nZeilen é"})
+    line = capsys.readouterr().out
+    assert line.count("\n") == 1
+    assert json.loads(line) == {"text": "zwei\nZeilen é"}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        _console.emit_json({"x": float("nan")})
+
+
+def test_progress_off_a_terminal_is_a_line_for_each_end(capsys):
+    with _console.progress() as step:
+        for label in ("reading", "writing"):
+            for done in range(101):
+                step(label, done, 100)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "reading: 100/100\nwriting: 100/100\n")
+
+
+def test_quiet_progress_says_nothing(capsys):
+    with _console.progress(quiet=True) as step:
+        step("reading", 1, 1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_on_a_terminal_draws_one_bar_at_a_time(monkeypatch):
+    from rich.console import Console
+
+    drawn = Console(force_terminal=True, file=io.StringIO(), record=True, width=100)
+    monkeypatch.setattr(_console, "console", lambda: drawn)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with _console.progress() as step:
+        step("reading", 1, 2)
+        step("writing", 1, 4)
+    assert "writing" in drawn.export_text()

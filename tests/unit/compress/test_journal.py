@@ -1,0 +1,65 @@
+"""The journal: what is done stays done, and nothing else is believed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gossamer.compress.journal import NAME, Journal, differences
+from gossamer.errors import ResumeMismatch
+
+HEADER = {"model": "abc", "recipe": {"stages": [{"bits": 4}]}}
+
+
+def finished(folder: Path, count: int) -> Journal:
+    journal = Journal(folder, HEADER)
+    for i in range(count):
+        file = folder / f"unit-{i}"
+        file.write_bytes(bytes([i]) * 100)
+        journal.add(f"unit-{i}", file, {"layers": [i]})
+    return journal
+
+
+def test_finished_units_are_found_again(tmp_path: Path) -> None:
+    finished(tmp_path, 3)
+    again = Journal(tmp_path, HEADER)
+    assert list(again.done) == ["unit-0", "unit-1", "unit-2"]
+    assert again.done["unit-1"]["notes"] == {"layers": [1]}
+
+
+def test_a_line_cut_off_by_a_kill_is_a_unit_not_done(tmp_path: Path) -> None:
+    finished(tmp_path, 2)
+    path = tmp_path / NAME
+    path.write_bytes(path.read_bytes()[:-7])
+    again = Journal(tmp_path, HEADER)
+    assert list(again.done) == ["unit-0"]
+    again.add("unit-1", tmp_path / "unit-1", {"layers": [1]})
+    assert list(Journal(tmp_path, HEADER).done) == ["unit-0", "unit-1"]
+
+
+def test_another_recipe_stops_and_is_named(tmp_path: Path) -> None:
+    finished(tmp_path, 1)
+    with pytest.raises(ResumeMismatch, match=r"recipe\.stages\[0\]\.bits was 4, is now 3"):
+        Journal(tmp_path, {"model": "abc", "recipe": {"stages": [{"bits": 3}]}})
+
+
+def test_a_damaged_line_stops_and_is_named(tmp_path: Path) -> None:
+    finished(tmp_path, 2)
+    path = tmp_path / NAME
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"{broken\n" + lines[2])
+    with pytest.raises(ResumeMismatch, match="line 2 is damaged"):
+        Journal(tmp_path, HEADER)
+
+
+def test_a_unit_file_that_changed_stops_and_is_named(tmp_path: Path) -> None:
+    finished(tmp_path, 2)
+    (tmp_path / "unit-1").write_bytes(b"other")
+    with pytest.raises(ResumeMismatch, match="unit-1"):
+        Journal(tmp_path, HEADER)
+
+
+def test_differences_name_every_place() -> None:
+    was, now = {"a": 1, "b": [1, {"c": 2}], "d": 0}, {"a": 1, "b": [1, {"c": 3}], "e": 0}
+    assert {p for p, _, _ in differences(was, now)} == {"b[1].c", "d", "e"}

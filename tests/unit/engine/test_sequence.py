@@ -1,0 +1,96 @@
+"""A request's text: stop texts never leak, characters are never broken, and the end has the right reason."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gossamer.engine.params import SamplingParams
+from gossamer.engine.sequence import Sequence, StopText
+
+
+class Letters:
+    """Tokens are code points; `~` stays inside until the next token or the end, as half a character would."""
+
+    def __init__(self) -> None:
+        self.held = ""
+
+    def push(self, token: int) -> str:
+        text, self.held = self.held + chr(token), ""
+        if text.endswith("~"):
+            text, self.held = text[:-1], "~"
+        return text
+
+    def flush(self) -> str:
+        return self.held
+
+
+def run(text: str, limit: int = 1000, eos: str = "", **fields: object) -> tuple[Sequence, list[str]]:
+    sequence = Sequence([1], SamplingParams(**fields), limit, {ord(c) for c in eos}, Letters())
+    shown = []
+    for character in text:
+        shown.append(sequence.push(ord(character)).text)
+        if sequence.finish_reason:
+            break
+    return sequence, shown
+
+
+def test_a_stop_text_ends_it_and_is_not_shown():
+    sequence, _ = run("one two three", stop=("two",))
+    assert (sequence.text, sequence.finish_reason) == ("one ", "stop")
+    assert len(sequence.tokens) == len("one two")
+
+
+def test_text_that_only_begins_like_a_stop_is_shown_after_all():
+    sequence, shown = run("abab!", stop=("abc",), limit=5)
+    assert shown == ["", "", "ab", "", "ab!"]
+    assert sequence.finish_reason == "length"
+
+
+def test_what_was_held_back_is_shown_at_the_end():
+    assert run("xa", limit=2, stop=("ab",))[0].text == "xa"
+    assert run("xa$", eos="$", stop=("ab",))[0].text == "xa"
+    assert run("x~", limit=2)[0].text == "x~"
+
+
+def test_a_stop_text_that_the_last_flush_completes_still_stops():
+    assert run("xa~", limit=3, stop=("a~",))[0].text == "x"
+
+
+def test_an_end_token_ends_it_and_has_no_text():
+    sequence, _ = run("ab$cd", eos="$")
+    assert (sequence.text, sequence.finish_reason, sequence.tokens[-1]) == ("ab", "stop", ord("$"))
+
+
+def test_ignore_eos_goes_on():
+    assert run("ab$cd", eos="$", ignore_eos=True, limit=5)[0].text == "ab$cd"
+
+
+def test_no_stop_before_min_tokens():
+    sequence, _ = run("ababab", stop=("ab",), min_tokens=3)
+    assert (sequence.text, len(sequence.tokens), sequence.finish_reason) == ("abab", 6, "stop")
+    assert run("a$b$c", eos="$", min_tokens=2)[0].text == "a$b"
+
+
+def test_the_earliest_of_several_stops_wins():
+    assert run("xxcb", stop=("b", "cb"))[0].text == "xx"
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_pieces_show_exactly_what_stands_before_the_first_stop(text, stops):
+    stopper, shown, stopped = StopText(stops), "", False
+    for character in text:
+        piece, stopped = stopper.push(character)
+        shown += piece
+        if stopped:
+            break
+    if not stopped:
+        shown += stopper.flush()
+    ends = {text.find(s) + len(s): text.find(s) for s in stops if s in text}
+    if ends:
+        first_end = min(ends)  # the first stop to be complete, from its longest possible beginning
+        assert stopped
+        assert shown == text[: min(text[:first_end].find(s) for s in stops if s in text[:first_end])]
+    else:
+        assert not stopped
+        assert shown == text
