@@ -106,9 +106,8 @@ void packed_linear(const float* x, int64_t tokens, const Packed& weight, int thr
   }
   threads = useful_threads(threads, tokens * w.rows * w.columns);
   float* buffers = fits ? nullptr : rows_scratch.get<float>(threads * w.columns);
-  std::atomic<int> next{0};
-  parallel_for(w.rows, threads, [&](int64_t begin, int64_t end) {
-    k.packed_linear(w, a, y, begin, end, fits ? nullptr : buffers + next.fetch_add(1) * w.columns);
+  parallel_for(w.rows, threads, [&](int64_t begin, int64_t end, int slot) {
+    k.packed_linear(w, a, y, begin, end, fits ? nullptr : buffers + slot * w.columns);
   });
 }
 
@@ -116,7 +115,7 @@ void bf16_linear(const float* x, int64_t tokens, const uint16_t* weight, int64_t
                  float* y) {
   const Kernels& k = kernels();
   const Activations a = split(x, tokens, columns, k.lanes);
-  parallel_for(rows, useful_threads(threads, tokens * rows * columns), [&](int64_t begin, int64_t end) {
+  parallel_for(rows, useful_threads(threads, tokens * rows * columns), [&](int64_t begin, int64_t end, int) {
     k.bf16_linear(weight, rows, columns, a, y, begin, end);
   });
 }
@@ -125,13 +124,13 @@ void dequantize(const Packed& weight, int threads, float* out) {
   const Kernels& k = kernels();
   const PackedWeight w = view(weight);
   parallel_for(w.rows, useful_threads(threads, w.rows * w.columns),
-               [&](int64_t begin, int64_t end) { k.dequantize(w, out, begin, end); });
+               [&](int64_t begin, int64_t end, int) { k.dequantize(w, out, begin, end); });
 }
 
 uint64_t read_bytes(const uint8_t* data, int64_t count, int threads) {
   const Kernels& k = kernels();
   std::atomic<uint64_t> seen{0};
-  parallel_for(count / 64, threads, [&](int64_t begin, int64_t end) {
+  parallel_for(count / 64, threads, [&](int64_t begin, int64_t end, int) {
     seen ^= k.read_blocks(data + 64 * begin, end - begin);
   });
   return seen;

@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <memory>
@@ -43,35 +44,50 @@ struct Loop {
   int64_t count;
   int parts;
 
-  void run_part(int part) const {
+  void run(int part, int slot) const {
     const int64_t begin = count * part / parts, end = count * (part + 1) / parts;
-    if (begin < end) function(task, begin, end);
+    if (begin < end) function(task, begin, end, slot);
   }
 };
 
-struct alignas(64) Worker {
-  std::atomic<int> posted{0};  // changes when a loop with this worker in it begins
+// The loop's number, how many parts it has and which is next: one word, so that a part is claimed of this loop or not
+// at all, however late a worker wakes up.
+struct Ticket {
+  uint32_t loop;
+  uint16_t parts, next;
 };
+static_assert(std::atomic<Ticket>::is_always_lock_free);
+
+// Parts for each thread: where one thread is held up by another process, the rest take its share.
+constexpr int parts_per_thread = 4;
+constexpr int max_parts = 4096;
 
 class Pool {
  public:
   // False if another thread is inside a loop.
-  bool run(Loop loop) {
+  bool run(Loop loop, int threads) {
     std::unique_lock lock(busy_, std::try_to_lock);
     if (!lock) return false;
-    loop.parts = grow(loop.parts - 1) + 1;
+    const int workers = grow(threads - 1);
+    loop.parts = std::min(max_parts, parts_per_thread * (workers + 1));
     loop_ = loop;
-    pending_.store(loop.parts - 1, std::memory_order_relaxed);
-    for (int i = 0; i < loop.parts - 1; ++i) {
-      workers_[i]->posted.fetch_add(1, std::memory_order_release);
+    finished_.store(0, std::memory_order_relaxed);
+    const uint32_t number = ticket_.load(std::memory_order_relaxed).loop + 1;
+    ticket_.store({number, uint16_t(loop.parts), 0}, std::memory_order_release);
+    for (int i = 0; i < workers; ++i) {
+      workers_[i]->posted.store(int(number), std::memory_order_release);
       workers_[i]->posted.notify_all();
     }
-    loop.run_part(0);
-    for (int left = pending_.load(std::memory_order_acquire); left != 0;) left = wait_change(pending_, left);
+    take_parts(number, 0);
+    for (int done = finished_.load(std::memory_order_acquire); done != loop.parts;) done = wait_change(finished_, done);
     return true;
   }
 
  private:
+  struct alignas(64) Worker {
+    std::atomic<int> posted{0};  // number of the last loop that this worker may help with
+  };
+
   // Starts workers up to `wanted`; returns how many there are to use.
   int grow(int wanted) {
     while (int(workers_.size()) < wanted) {
@@ -83,21 +99,34 @@ class Pool {
         break;
       }
     }
-    return int(workers_.size()) < wanted ? int(workers_.size()) : wanted;
+    return std::min(int(workers_.size()), wanted);
   }
 
-  void work(Worker* worker, int part) {
+  void work(Worker* worker, int slot) {
     for (int seen = 0;;) {
       seen = wait_change(worker->posted, seen);
-      loop_.run_part(part);
-      if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) pending_.notify_all();
+      take_parts(uint32_t(seen), slot);
+    }
+  }
+
+  // Runs parts of this loop until none is left. A claimed part keeps the loop, and so loop_, alive.
+  void take_parts(uint32_t number, int slot) {
+    Ticket ticket = ticket_.load(std::memory_order_acquire);
+    while (ticket.loop == number && ticket.next < ticket.parts) {
+      const Ticket claimed{number, ticket.parts, uint16_t(ticket.next + 1)};
+      if (!ticket_.compare_exchange_weak(ticket, claimed, std::memory_order_acq_rel)) continue;
+      loop_.run(ticket.next, slot);
+      const int parts = ticket.parts;
+      if (finished_.fetch_add(1, std::memory_order_acq_rel) == parts - 1) finished_.notify_all();
+      ticket = ticket_.load(std::memory_order_acquire);
     }
   }
 
   std::mutex busy_;
   std::vector<std::unique_ptr<Worker>> workers_;
   Loop loop_{};
-  alignas(64) std::atomic<int> pending_{0};
+  alignas(64) std::atomic<Ticket> ticket_{};
+  alignas(64) std::atomic<int> finished_{0};
 };
 
 // Never destroyed: its threads live as long as the process.
@@ -117,8 +146,8 @@ Pool* the_pool() {
 }  // namespace
 
 void run_ranges(int64_t count, int threads, RangeFunction function, const void* task) {
-  const Loop loop{function, task, count, threads};
-  if (threads <= 1 || !the_pool()->run(loop)) function(task, 0, count);
+  const Loop loop{function, task, count, 1};
+  if (threads <= 1 || !the_pool()->run(loop, threads)) function(task, 0, count, 0);
 }
 
 }  // namespace gossamer::detail

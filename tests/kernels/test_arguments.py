@@ -64,7 +64,7 @@ def test_dequantize_refuses_what_does_not_fit(name: str) -> None:
     assert cpu.dequantize(**good).shape == (8, 64)
     for change, _ in WRONG:
         if name in change:
-            with pytest.raises(KernelError, match="^dequantize: "):
+            with pytest.raises(KernelError, match=r"^dequantize: "):
                 cpu.dequantize(**{**good, **change})
 
 
@@ -74,7 +74,7 @@ def test_dequantize_refuses_what_does_not_fit(name: str) -> None:
         (
             np.zeros((1, 8), np.float32),
             np.zeros((4, 9), np.uint16),
-            r"weight is uint16 \[4, 9\], expected .*\[any, 8\]",
+            r"weight is uint16 \[4, 9\], .*\[any, 8\]",
         ),
         (np.zeros((1, 8), np.float32), np.zeros((4, 8), np.int16), "weight is int16"),
         (np.zeros((1, 8), np.float32), np.zeros((8, 4), np.uint16).T, "has strides"),
@@ -95,7 +95,7 @@ def test_dense_linear_refuses_what_does_not_fit(x: Any, weight: Any, message: st
         (lambda: cpu.unpack_codes(np.zeros((1, 4), np.int32), 4, -1), "columns is -1"),
         (
             lambda: cpu.unpack_codes(np.zeros((1, 4), np.int32), 4, 33),
-            r"packed is int32 \[1, 4\], expected .*\[any, 5\]",
+            r"packed is int32 \[1, 4\], .*\[any, 5\]",
         ),
         (lambda: cpu.unpack_codes(np.zeros((1, 4), np.uint32), 4, 32), "packed is uint32"),
         (lambda: cpu.unpack_codes(np.zeros((4, 2), np.int32).T, 4, 32), "has strides"),

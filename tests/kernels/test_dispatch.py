@@ -110,8 +110,8 @@ def test_unknown_kernels_are_refused_with_the_nearest_name(kernels: pytest.Monke
 
 def test_missing_extension_says_how_to_build_it() -> None:
     code = "import sys\nsys.modules['gossamer.kernels._cpu'] = None\n" + (
-        "from gossamer.errors import KernelError\nfrom gossamer.kernels import dispatch\n"
-        "try: dispatch.isa()\nexcept KernelError as error: print(error)"
+        "from gossamer.errors import KernelError\nfrom gossamer.kernels import cpu\n"
+        "try: cpu.isa()\nexcept KernelError as error: print(error)"
     )
     assert "make build" in run(code)
 

@@ -164,6 +164,9 @@ class GGUFCheckpoint(Checkpoint):
             raise UnsupportedModel(
                 f"{self.path}: architecture {architecture!r}", hint="supported in GGUF: " + ", ".join(ARCHITECTURES)
             )
+        parts = self.metadata.integer("split.count", 0) or 0
+        if parts > 1:
+            raise UnsupportedModel(f"{self.path}: one of {parts} parts", hint="join them: llama-gguf-split --merge")
         if self.metadata.integer(f"{architecture}.expert_count", 0):
             raise UnsupportedModel(f"{self.path}: a mixture of experts")
         return architecture

@@ -21,11 +21,12 @@ def open_checkpoint(name: str | Path, *, allow_pickle: bool = False) -> Checkpoi
 
     Raises ModelNotFound, UnsafeCheckpoint, CorruptCheckpoint or UnsupportedModel.
     """
-    path = Path(name)
-    if path.is_dir():
-        return _open_folder(path, str(name), allow_pickle)
-    if path.is_file():
-        return _open_file(path, str(name), allow_pickle)
+    try:
+        local = _open_local(name, allow_pickle)
+    except OSError as error:
+        raise ModelNotFound(f"{str(name)[:200]}: {error.strerror or error}") from error
+    if local is not None:
+        return local
     if str(name) in settings.ALIASES:
         return _open_alias(str(name), allow_pickle)
     if isinstance(name, str) and HUB_ID.fullmatch(name):
@@ -34,6 +35,15 @@ def open_checkpoint(name: str | Path, *, allow_pickle: bool = False) -> Checkpoi
         f"no model {str(name)!r}: not a folder, a .gguf file, an alias or a hub id (org/name)",
         hint=did_you_mean(str(name), settings.ALIASES),
     )
+
+
+def _open_local(name: str | Path, allow_pickle: bool) -> Checkpoint | None:
+    path = Path(name)
+    if name and path.is_dir():
+        return _open_folder(path, str(name), allow_pickle)
+    if path.is_file():
+        return _open_file(path, str(name), allow_pickle)
+    return None
 
 
 def packaged_gguf(alias: str) -> Path | None:

@@ -212,8 +212,10 @@ def tokenizer_from_folder(folder: Path, hf_config: Mapping[str, Any]) -> Tokeniz
     generation = read_json(inside(folder, "generation_config.json")) if has(folder, "generation_config.json") else {}
     ends = [roles.get("eos"), *_ids(generation.get("eos_token_id")), *_ids(hf_config.get("eos_token_id"))]
     vocabulary = hf_config.get("vocab_size")
+    if has(folder, "tokenizer.model") and not has(folder, "tokenizer.json"):
+        backend = _with_bos(backend, config, roles)  # tokenizer.json says it itself, whatever the flags
     return Tokenizer(
-        _with_bos(backend, config, roles),
+        backend,
         SpecialTokens(roles, end_ids(backend, ends)),
         chat_template=_chat_template(folder, config),
         config=_portable(config, has(folder, "tokenizer.json")),
@@ -307,14 +309,9 @@ def _roles(
 def _with_bos(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], roles: Mapping[str, str]
 ) -> tokenizers.Tokenizer:
-    # transformers rebuilds the post-processor when these flags are given, or when tokenizer.json has none.
-    flags = {role: config.get(f"add_{role}_token") for role in ("bos", "eos")}
-    if backend.post_processor is not None and all(flag is None for flag in flags.values()):
-        return backend
-    if backend.post_processor is not None and not any(flags.values()):
-        backend.post_processor = tokenizers.processors.Sequence([])
-        return backend
-    return with_template(backend, roles, bos=bool(flags["bos"]), eos=bool(flags["eos"]))
+    return with_template(
+        backend, roles, bos=bool(config.get("add_bos_token", True)), eos=bool(config.get("add_eos_token", False))
+    )
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:

@@ -33,15 +33,14 @@ def bench(
     gossamer bench smollm2 small/ --batch 1,8 --out runs/bench.jsonl
     """
     from ..measure.plans import SpeedPlan
-    from ..measure.run import bench_models, check_engine, check_weights
+    from ..measure.run import bench_models, check_engine
 
     check_engine(engine)
-    held = check_weights(weights)
     plans = [SpeedPlan(prompt_tokens, output_tokens, n, repetitions, warmup) for n in _sizes(batch)]
     records = []
     with progress(quiet) as report:
         for plan in plans:
-            records += take(bench_models(models, plan, report, held, threads), out, json)
+            records += take(bench_models(models, plan, report, weights, threads), out, json)
     if not json:
         _show(records)
     return exit_code(records)

@@ -39,6 +39,8 @@ def chat(
 
     params = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, seed, tuple(stop or ()))
     llm = load(model, weights, quiet)
+    if llm.tokenizer.chat_template is None:
+        raise EngineError(f"{model} has no chat template", hint="gossamer run continues a text without one")
     conversation = Conversation(llm, params)
     if not quiet:
         remark(f"{model}: {HELP}")

@@ -34,7 +34,7 @@ def doctor(
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
-    """Check that this machine can run everything, and say how to mend what it cannot.
+    """Check this machine, and say how to mend what is missing.
 
     \b
     gossamer doctor
@@ -83,6 +83,28 @@ def _torch() -> Check:
     except ImportError as error:
         return Check("torch", "broken", str(error), "pip install torch==2.13.0")
     return Check("torch", "ok", torch.__version__)
+
+
+def _kernels() -> Check:
+    from ..errors import KernelError
+    from ..kernels import dispatch
+
+    try:
+        isa = dispatch.isa()
+    except KernelError as error:
+        return Check("kernels", "broken", error.message, error.hint or "build them with `make build`")
+    if isa in {"reference", "portable"}:
+        fix = (
+            "unset GOSSAMER_KERNELS and GOSSAMER_ISA"
+            if _limited()
+            else "a machine with AVX2 or AVX-512 is much quicker"
+        )
+        return Check("kernels", "warning", f"{isa} (slow)", fix)
+    return Check("kernels", "ok", isa)
+
+
+def _limited() -> bool:
+    return any(os.environ.get(name) for name in ("GOSSAMER_KERNELS", "GOSSAMER_ISA"))
 
 
 def _cores() -> Check:
@@ -152,4 +174,4 @@ def _hub(network: bool) -> Check:
         return Check("hub", "warning", f"{endpoint}: {error}", fix)
 
 
-CHECKS = (_python, _torch, _cores, _memory, _disk, _cache, _smollm2)
+CHECKS = (_python, _torch, _kernels, _cores, _memory, _disk, _cache, _smollm2)

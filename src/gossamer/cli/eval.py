@@ -50,7 +50,7 @@ def eval_(
     """
     from ..measure.corpus import load_corpus
     from ..measure.plans import WindowPlan
-    from ..measure.run import EvalRequest, check_engine, check_weights, evaluate_models
+    from ..measure.run import EvalRequest, check_engine, evaluate_models
 
     check_engine(engine)
     request = EvalRequest(
@@ -60,7 +60,7 @@ def eval_(
         reference=reference,
         tokens=tokens,
         samples=samples,
-        weights=check_weights(weights),
+        weights=weights,
         threads=threads,
     )
     with progress(quiet) as report:

@@ -19,6 +19,8 @@ Compress = Callable[[tuple[str, ...], Tensor | None], None]
 
 TOKENS_AT_ONCE = 2048
 """Bounds the temporary memory of a step, whatever the number of calibration sequences."""
+PANEL = 256
+"""Rows of the Hessian summed at a time."""
 
 
 def walk(block: Block, x: Tensor, rotation: Rotation, compress: Compress) -> None:
@@ -54,11 +56,13 @@ def hessian(inputs: Iterator[Tensor]) -> Tensor:
     total: Tensor | None = None
     for x in inputs:
         flat = x.reshape(-1, x.shape[-1])
+        columns = flat.shape[1]
         if total is None:
-            total = torch.zeros(flat.shape[1], flat.shape[1])
-        total.addmm_(flat.T, flat)
+            total = torch.zeros(columns, columns)
+        for start in range(0, columns, PANEL):  # the product is symmetric: half of it is enough
+            total[start : start + PANEL, start:].addmm_(flat[:, start : start + PANEL].T, flat[:, start:])
     assert total is not None
-    return total
+    return torch.triu(total).add_(torch.triu(total, diagonal=1).T)
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:

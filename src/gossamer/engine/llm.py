@@ -92,7 +92,9 @@ class LLM:
     def chat_tokens(self, messages: Many[Mapping[str, str]]) -> list[int]:
         """The prompt that the model's chat template makes of messages, ready for an answer."""
         if self.tokenizer.chat_template is None:
-            raise EngineError(f"{self.checkpoint.name} has no chat template", hint="use it without one (--raw)")
+            raise EngineError(
+                f"{self.checkpoint.name} has no chat template", hint="generate and stream take a prompt without one"
+            )
         return self.tokenizer.chat([dict(m) for m in messages])
 
     @torch.inference_mode()

@@ -59,15 +59,13 @@ class Batch:
                 if self.lengths[row] <= stop:
                     last[row] = hidden[row, self.lengths[row] - 1 - start]
             start = stop
-        with torch.inference_mode():
-            return self.decoder.logits(last)
+        return self.decoder.logits(last)
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Append one token to every row; logits float32 [rows, vocab_size] after it."""
         positions = torch.tensor(self.lengths).unsqueeze(1)
         self.lengths = [n + 1 for n in self.lengths]
-        with torch.inference_mode():
-            return self.decoder.logits(self._hidden(torch.tensor(tokens).unsqueeze(1), positions)[:, 0])
+        return self.decoder.logits(self._hidden(torch.tensor(tokens).unsqueeze(1), positions)[:, 0])
 
     def drop(self, row: int) -> None:
         """Forget a row; the last row takes its number."""
@@ -78,15 +76,9 @@ class Batch:
         self.lengths[row] = self.lengths[last]
         self.lengths.pop()
 
-    @torch.inference_mode()
     def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Hidden states [rows, time, hidden_size] of tokens [rows, time] for the first rows of the cache."""
-        cache = _first_rows(self.cache, len(tokens))
-        rotation = self.decoder.rotation(positions)
-        x: Tensor = self.decoder.embed(tokens)
-        for block in self.decoder.blocks:
-            x = block(x, rotation, cache)
-        return x
+        return self.decoder.hidden(tokens, _first_rows(self.cache, len(tokens)), positions)
 
 
 def kv_bytes(config: ModelConfig, rows: int, length: int) -> int:

@@ -5,10 +5,10 @@ Both directions: the resolver for reading a folder, and the config for writing o
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+import regex
 import torch
 
 from ..errors import CorruptCheckpoint, UnsupportedModel
@@ -116,6 +116,16 @@ def _integer(name: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> 
 def _matches(targets: list[str], module: str, kind: Kind) -> bool:
     class_name = "Linear" if kind == "linear" else "Embedding"
     return any(
-        re.match(t.removeprefix("re:"), module) is not None if t.startswith("re:") else t in {module, class_name}
+        _pattern_matches(t.removeprefix("re:"), module) if t.startswith("re:") else t in {module, class_name}
         for t in targets
     )
+
+
+def _pattern_matches(pattern: str, module: str) -> bool:
+    """A stranger's regular expression, tried for at most a moment: some take longer than the age of the universe."""
+    try:
+        return regex.match(pattern, module, timeout=0.5) is not None
+    except (regex.error, TimeoutError) as e:
+        raise CorruptCheckpoint(
+            f"config.json: quantization_config target 're:{pattern:.80}' is no usable pattern"
+        ) from e

@@ -9,6 +9,7 @@ Every function raises KernelError for shapes, dtypes or layouts that do not fit 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +90,7 @@ def _weight(
     return _array("packed", packed), _array("scale", scale), None if zero is None else _array("zero", zero)
 
 
-def _array(name: str, tensor: Tensor) -> NDArray[np.generic]:
+def _array(name: str, tensor: Tensor) -> NDArray[Any]:
     """The tensor's memory as a numpy array."""
     if tensor.device.type != "cpu" or tensor.dtype == torch.bfloat16 or tensor.is_sparse:
         raise KernelError(

@@ -17,7 +17,8 @@ def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
     wide = packed.long() & 0xFFFFFFFF
     wide = torch.cat((wide, torch.zeros_like(wide[:, :1])), dim=1)  # a code may end in the word after its own
     both = wide[:, word] | (wide[:, (word + 1).clamp(max=wide.shape[1] - 1)] << 32)
-    return (((both >> shift) & (2**bits - 1)) - 2 ** (bits - 1)).to(torch.int8)
+    codes: Tensor = ((both >> shift) & (2**bits - 1)) - 2 ** (bits - 1)
+    return codes.to(torch.int8)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:

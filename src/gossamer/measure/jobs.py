@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from .. import settings
-from ..checkpoint import Checkpoint, open_checkpoint
+from ..checkpoint import Checkpoint, Tokenizer, open_checkpoint
 from ..checkpoint.load import load_decoder
 from ..engine.llm import LLM, Weights
 from ..errors import GossamerError, MeasureError
@@ -26,7 +26,7 @@ from .plans import SpeedPlan, WindowPlan
 from .quality import Quality, evaluate
 from .records import model_block
 from .samples import sample_prompts, sample_texts
-from .worker import Channel, describe
+from .worker import Channel, Progress, describe
 
 
 def evaluate_models(
@@ -49,19 +49,28 @@ def evaluate_models(
     if text.sha256 != corpus_sha256:
         raise MeasureError(f"{corpus} changed while it was being measured on")
     judge = _Judge(channel, text, windows, tokens, weights)
-    anchor = None if reference is None else judge.load_reference(reference)
+    try:
+        anchor = None if reference is None else judge.load_reference(reference)
+    except GossamerError as error:
+        return [{"error": describe(error)} for _ in models]
     answers: list[dict[str, Any]] = [{} for _ in models]
     decoders: dict[int, Decoder] = {}
     for index, name in enumerate(models):
         try:
             decoders[index] = judge.load(index, name)
+            if samples:  # a broken chat template is found before the work, not after it
+                sample_prompts(judge.checkpoints[index].tokenizer(), 1)
         except GossamerError as error:
+            decoders.pop(index, None)
             answers[index] = {"error": describe(error)}
     if not decoders:
         return answers
     outcomes = evaluate(list(decoders.values()), anchor, judge.ids, windows, partial(channel.progress, "judging"))
     for index, outcome in zip(decoders, outcomes, strict=True):
-        answers[index] = _answer(outcome, decoders[index], judge.checkpoints[index], samples)
+        try:
+            answers[index] = _answer(outcome, decoders[index], judge.checkpoints[index].tokenizer(), samples)
+        except GossamerError as error:
+            answers[index] = {"error": describe(error)}
     return answers
 
 
@@ -85,7 +94,7 @@ def bench_model(
     bare = read_usage(settle=True).rss
     del tokenizer  # the engine makes its own, in the place of this one
     began = time.perf_counter()
-    llm = LLM(checkpoint, weights, progress=channel.progress)
+    llm = LLM(checkpoint, weights, progress=loading(channel, checkpoint))
     load_s = opening + time.perf_counter() - began
     loaded = read_usage(settle=True).rss
     yield None
@@ -108,6 +117,11 @@ def bench_model(
     }
 
 
+def loading(channel: Channel, checkpoint: Checkpoint) -> Progress:
+    """Progress of loading, under the model's name."""
+    return lambda label, done, total: channel.progress(f"{label} {checkpoint.name}", done, total)
+
+
 class _Judge:
     """Opens and loads the models of one job, and holds the tokens [n] that all of them are judged on."""
 
@@ -118,7 +132,7 @@ class _Judge:
         self._reference: tuple[Checkpoint, Decoder] | None = None
 
     def load_reference(self, name: str) -> Decoder:
-        """Load what the others are compared with. Any error is the whole job's."""
+        """Load what the others are compared with. Raises MeasureError, which is every model's."""
         try:
             checkpoint = open_checkpoint(name)
             self._tokenize(checkpoint)
@@ -135,7 +149,6 @@ class _Judge:
         self.channel.fact(f"model {index}", model_block(checkpoint))
         check_contamination(self.corpus, checkpoint.manifest, name)
         self._tokenize(checkpoint)
-        sample_prompts(checkpoint.tokenizer(), 1)  # a broken chat template is found before the work, not after it
         if self._reference is not None:
             other, decoder = self._reference
             if checkpoint.config.vocab_size != other.config.vocab_size:
@@ -171,12 +184,13 @@ class _Judge:
             )
 
     def _decoder(self, checkpoint: Checkpoint) -> Decoder:
-        return load_decoder(checkpoint, torch.float32, self.channel.progress, packed=self.weights == "stored")
+        progress = loading(self.channel, checkpoint)
+        return load_decoder(checkpoint, torch.float32, progress, packed=self.weights == "stored")
 
 
-def _answer(outcome: Quality | MeasureError, decoder: Decoder, checkpoint: Checkpoint, samples: int) -> dict[str, Any]:
+def _answer(outcome: Quality | MeasureError, decoder: Decoder, tokenizer: Tokenizer, samples: int) -> dict[str, Any]:
     if isinstance(outcome, MeasureError):
-        return {"error": describe(outcome)}
+        raise outcome
     return {
         "results": {
             "perplexity": outcome.perplexity,
@@ -186,6 +200,6 @@ def _answer(outcome: Quality | MeasureError, decoder: Decoder, checkpoint: Check
             "top1_agreement": outcome.top1_agreement,
             "seconds": outcome.seconds,
             "tokens_per_second": outcome.tokens_read / outcome.seconds,
-            "samples": sample_texts(decoder, checkpoint.tokenizer(), samples),
+            "samples": sample_texts(decoder, tokenizer, samples),
         }
     }

@@ -134,8 +134,8 @@ class _Scorer:
 def _score_window(scorers: Sequence[_Scorer], anchor: _Scorer | None, window: Tensor, scored: int) -> None:
     """Add one window [context] to all scorers, side by side, CHUNK scored positions at a time."""
     targets = window[-scored:]
-    going = [scorer for scorer in scorers if scorer.error is None]
-    for scorer in dict.fromkeys([*going, *([] if anchor is None else [anchor])]):
+    going = list(dict.fromkeys(scorer for scorer in scorers if scorer.error is None))
+    for scorer in going if anchor is None or anchor in going else [anchor, *going]:
         scorer.read(window, scored)
     for rows in (slice(i, i + CHUNK) for i in range(0, scored, CHUNK)):
         truth = None if anchor is None else anchor.predict(rows)
@@ -151,12 +151,7 @@ def _score_window(scorers: Sequence[_Scorer], anchor: _Scorer | None, window: Te
 
 def hidden_states(decoder: Decoder, window: Tensor, scored: int) -> Tensor:
     """Hidden states [scored, hidden_size] from which the last `scored` tokens of window [context] are predicted."""
-    rotation = decoder.rotation(torch.arange(len(window)).unsqueeze(0))
-    x = decoder.embed(window.unsqueeze(0))
-    for block in decoder.blocks:
-        x = block(x, rotation, None)
-    found: Tensor = x[0, -scored - 1 : -1]
-    return found
+    return decoder.hidden(window.unsqueeze(0))[0, -scored - 1 : -1]
 
 
 def log_probabilities(decoder: Decoder, states: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from .. import settings
+from .. import errors, settings
 from ..errors import UnknownName
 from .corpus import Corpus
 from .plans import SpeedPlan, WindowPlan
@@ -45,15 +45,6 @@ def check_engine(name: str) -> None:
         raise UnknownName("engine", name, ENGINES)
 
 
-def check_weights(name: str) -> Weights:
-    """Raises UnknownName unless weights can be held in this way."""
-    if name == "stored":
-        return "stored"
-    if name == "float":
-        return "float"
-    raise UnknownName("way to hold weights", name, ("stored", "float"))
-
-
 def evaluate_models(models: Sequence[str], request: EvalRequest, progress: Progress) -> Iterator[Record]:
     """One eval record for each model, in order."""
     if request.reference is None:
@@ -67,7 +58,7 @@ def _evaluate_group(models: Sequence[str], request: EvalRequest, progress: Progr
     """Records of models judged in one process; those that failed for want of room are judged again, alone."""
     facts, answers = _evaluate_together(models, request, progress)
     for index, (model, answer) in enumerate(zip(models, answers, strict=True)):
-        if len(models) > 1 and answer.get("error", {}).get("kind") in {"WorkerDied", "DoesNotFit", "MemoryError"}:
+        if len(models) > 1 and _worth_another_try(answer.get("error")):
             yield from _evaluate_group([model], request, progress)
             continue
         yield _record(
@@ -77,6 +68,11 @@ def _evaluate_group(models: Sequence[str], request: EvalRequest, progress: Progr
             answer,
             request.threads,
         )
+
+
+def _worth_another_try(error: dict[str, Any] | None) -> bool:
+    """True if a model may do better alone: no room beside the others, or a crash that need not have been its own."""
+    return error is not None and (error["kind"] == "DoesNotFit" or not hasattr(errors, error["kind"]))
 
 
 def _evaluate_together(

@@ -137,7 +137,13 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
-        """Logits [batch, time (1 if last_only), vocab_size].
+        """Logits [batch, time (1 if last_only), vocab_size]; see `hidden` for cache and positions."""
+        x = self.hidden(tokens, cache, positions)
+        return self.logits(x[:, -1:] if last_only else x)
+
+    @torch.inference_mode()
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """Hidden states [batch, time, hidden_size] before the final norm.
 
         With a cache, keys and values are stored at `positions` and a token sees every stored position up to its own,
         so padding on the right of a prompt is harmless: nothing looks at it before it is written over.
@@ -148,8 +154,9 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, rotation, cache)
-        return self.logits(x[:, -1:] if last_only else x)
+        return cast(Tensor, x)
 
+    @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: hidden states [batch, time, hidden_size] to float32 logits."""
         return cast(Tensor, self.head(self.final_norm(x))).float()

@@ -14,6 +14,8 @@ import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from gossamer.formats import Codes, Integer
+
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -105,6 +107,30 @@ class Tiny:
         (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
         return path
 
+    def quantized(self, folder: Path, form: Integer) -> dict[str, torch.Tensor]:
+        """A compressed-tensors folder whose linear layers are in this format; returns its float weights."""
+        tensors, floats = self.tensors(), {}
+        generator = torch.Generator().manual_seed(3)
+        for name, tensor in list(tensors.items()):
+            floats[name] = tensor.float()
+            if "_proj" not in name:
+                continue
+            groups = form.groups(tensor.shape[1])
+            low, high = -(2 ** (form.bits - 1)), 2 ** (form.bits - 1)
+            codes = Codes(
+                torch.randint(low, high, tensor.shape, generator=generator).to(torch.int8),
+                torch.rand(tensor.shape[0], groups, generator=generator).bfloat16(),
+                None
+                if form.symmetric
+                else torch.randint(low, high, (tensor.shape[0], groups), generator=generator).to(torch.int8),
+            )
+            del tensors[name]
+            module = name.removesuffix(".weight")
+            tensors |= {f"{module}.{local}": stored for local, stored in form.pack(codes).items()}
+            floats[name] = codes.dequantize()
+        self.folder(folder, tensors=tensors, quantization_config=_compressed_tensors(form))
+        return floats
+
     def gguf(
         self,
         path: Path,
@@ -170,6 +196,25 @@ class Tiny:
             writer.add_string(key, value)
         else:
             writer.add_array(key, value)
+
+
+def _compressed_tensors(form: Integer) -> dict[str, Any]:
+    """The quantization_config of a model whose linear layers are all in this format."""
+    weights = {
+        "num_bits": form.bits,
+        "type": "int",
+        "symmetric": form.symmetric,
+        "strategy": "group" if form.group_size else "channel",
+        "group_size": form.group_size,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    }
 
 
 def _gguf_name(name: str) -> str:

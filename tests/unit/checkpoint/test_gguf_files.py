@@ -135,6 +135,7 @@ def test_linear_scaling_is_taken_over_and_others_are_refused(tmp_path: Path, tin
     [
         ({"architecture": "mamba"}, "mamba"),
         ({"llama__expert_count": 8}, "experts"),
+        ({"split__count": 3}, "one of 3 parts"),
         ({"llama__attention__value_length": 8}, "value_length"),
         ({"llama__attention__head_count_kv": [2, 1]}, "head_count_kv"),
         ({"extra": {"blk.0.ffn_gate_inp.weight": np.zeros((4, 64), np.float32)}}, r"blk\.0\.ffn_gate_inp\.weight"),

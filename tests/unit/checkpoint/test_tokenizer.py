@@ -374,6 +374,28 @@ def test_a_tokenizer_config_of_wrong_types_is_a_typed_error(tmp_path: Path, tiny
         open_checkpoint(folder).tokenizer()
 
 
+@pytest.mark.parametrize("built_in", [False, True])
+@pytest.mark.parametrize("flags", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_eos_token": True}])
+def test_start_and_end_tokens_are_those_of_transformers(
+    tmp_path: Path, tiny: Any, built_in: bool, flags: dict[str, bool]
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tiny.folder(tmp_path / "m")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | flags))
+    if built_in:
+        backend = tiny.backend()
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+        )
+        backend.save(str(folder / "tokenizer.json"))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = open_checkpoint(folder).tokenizer()
+    assert ours.encode("hello 12") == theirs("hello 12").input_ids
+    assert ours.encode("hello 12", special=False) == theirs("hello 12", add_special_tokens=False).input_ids
+
+
 def test_truncation_and_padding_of_a_tokenizer_json_do_not_shorten_texts(tmp_path: Path, tiny: Any) -> None:
     folder = tiny.folder(tmp_path / "m")
     backend = tiny.backend()

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from gossamer.cli import main
-
-
-def tiny_llama() -> ModuleType:
-    path = Path(__file__).parents[1] / "measure" / "tiny_llama.py"
-    spec = importlib.util.spec_from_file_location("tiny_llama", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tiny_llama import make_folder
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tiny_llama().make_folder(tmp_path_factory.mktemp("models") / "tiny"))
+    return str(make_folder(tmp_path_factory.mktemp("models") / "tiny"))
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import make_folder
 
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.atomic import Lock
@@ -32,6 +31,7 @@ from gossamer.errors import (
     ResumeMismatch,
     ShapeMismatch,
 )
+from tiny_llama import make_folder
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 4, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
 

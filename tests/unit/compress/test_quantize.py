@@ -13,6 +13,7 @@ from gossamer.compress.method import QuantizeOptions
 from gossamer.compress.quantize.gptq import GPTQ, GPTQOptions, inverse_factor
 from gossamer.compress.quantize.grid import grid_of, quantize
 from gossamer.compress.quantize.rtn import RTN
+from gossamer.compress.walk import hessian
 from gossamer.errors import NumericalError, ShapeMismatch
 from gossamer.formats import Integer
 
@@ -168,3 +169,11 @@ def test_group_size_that_does_not_divide_names_the_nearest_that_does() -> None:
         Integer(4, 128).groups(576)
     assert "128 does not divide 576" in caught.value.message
     assert "144" in (caught.value.hint or "")
+
+
+def test_hessian_is_the_sum_of_outer_products() -> None:
+    x = inputs(600, 90, seed=9)
+    expected = x.double().T @ x.double()
+    found = hessian(iter(x.view(3, 30, 600).split(1)))
+    assert torch.equal(found, found.T)
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

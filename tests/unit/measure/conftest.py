@@ -64,8 +64,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_config() -> ModelConfig:
     """The tiny LLaMA's config."""
-    from tiny_llama import CONFIG
-
     from gossamer.model import config_from_hf
+    from tiny_llama import CONFIG
 
     return config_from_hf(CONFIG)

@@ -93,8 +93,9 @@ def test_every_number_matches_its_formula_in_float64(
 def test_a_model_of_equal_weights_has_no_divergence(tiny_config: ModelConfig, tokens: torch.Tensor) -> None:
     reference = random_decoder(tiny_config, 1)
     twin = perturbed(reference, 2, 0.0)
-    for found in evaluate([reference, twin], reference, tokens, PLAN):
+    for found in evaluate([reference, twin, reference], reference, tokens, PLAN):
         assert isinstance(found, Quality)
+        assert found.tokens_scored == len(PLAN.starts(131)) * PLAN.scored
         assert (found.kld_mean, found.kld_p99, found.top1_agreement) == (0.0, 0.0, 1.0)
 
 

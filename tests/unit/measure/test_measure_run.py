@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_llama import make_folder
 
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.load import load_decoder
@@ -22,6 +21,7 @@ from gossamer.measure.quality import Quality, evaluate
 from gossamer.measure.samples import PROMPTS, greedy
 from gossamer.measure.speed import Timing, make_prompts, ordinary_tokens, rates, summary
 from gossamer.measure.worker import Job, Worker
+from tiny_llama import make_folder
 
 PLAN = WindowPlan(64, 64, 32)
 RECORD_KEYS = {"schema", "kind", "status", "error", "created", "model", "engine", "machine", "protocol", "results"}
@@ -150,6 +150,21 @@ def test_a_model_that_did_not_fit_beside_the_others_is_tried_alone(
     assert [r["status"] for r in records] == ["ok", "failed"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "again"),
+    [
+        ("WorkerDied", True),
+        ("MemoryError", True),
+        ("DoesNotFit", True),
+        ("ModelNotFound", False),
+        ("Contaminated", False),
+    ],
+)
+def test_only_errors_that_neighbours_may_have_caused_are_worth_another_try(kind: str, again: bool) -> None:
+    assert run._worth_another_try({"kind": kind}) is again
+    assert run._worth_another_try(None) is False
+
+
 def test_bench_records_hold_every_sample_and_the_memory(tiny: Path, tmp_path: Path) -> None:
     plan = SpeedPlan(prompt_tokens=24, output_tokens=6, batch=2, repetitions=3)
     other = make_folder(tmp_path / "other", seed=1)
@@ -245,8 +260,6 @@ def test_samples_are_the_likeliest_tokens_one_by_one(tiny: Path) -> None:
     assert len(greedy(decoder, [1] * 250, 48, eos_ids=())) == 6  # the context of 256 ends before
 
 
-def test_an_unknown_engine_or_way_to_hold_weights_is_refused() -> None:
+def test_an_unknown_engine_is_refused() -> None:
     with pytest.raises(UnknownName, match="did you mean 'gossamer'"):
         run.check_engine("gosamer")
-    with pytest.raises(UnknownName, match="did you mean 'float'"):
-        run.check_weights("floats")

@@ -52,6 +52,7 @@ def evaluation(of: Record, perplexity: float = 12.0, kld: float | None = None, t
 
 def bench(of: Record, decode: float = 30.0, protocol: Record | None = None, **extra: Any) -> Record:
     """A bench record whose other numbers follow from the decode speed."""
+
     def spread(value: float) -> Record:
         return {"median": value, "min": value * 0.97, "max": value * 1.02, "samples": [value]}
 

@@ -130,7 +130,7 @@ def test_failed_rows_and_differing_protocols_are_in_the_page(rows_of: Any, made:
     page = render_html(rows_of(*records))
     assert "int2-kmeans: eval: NaN in block 3 down" in page
     assert "Quality was not measured under one protocol." in page
-    assert re.search(r'<bdi>int8</bdi> <sup[^>]*>b</sup>', page)
+    assert re.search(r"<bdi>int8</bdi> <sup[^>]*>b</sup>", page)
 
 
 def test_the_same_rows_give_the_same_bytes(rows_of: Any, made: ModuleType) -> None:

