@@ -2,7 +2,7 @@
 # and make; everything else comes from the package index.
 #
 #   PYTHON=...        the interpreter that makes .venv (default: python3.11, else python3)
-#   TORCH_INDEX=...   one more package index for torch, such as https://download.pytorch.org/whl/cpu (a smaller build)
+#   TORCH_INDEX=...   one more package index for torch (that of the CPU builds is a smaller download)
 #   WORKERS=...       test processes (default: 2)
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
