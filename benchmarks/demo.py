@@ -16,8 +16,8 @@ import sys
 import time
 from pathlib import Path
 
-RECIPES = ("int8-rtn", "int4-rtn", "int4-gptq", "int4-gptq-head8", "int3-gptq")
-EVAL = ("--tokens", "20480", "--samples", "3")
+RECIPES = ("int8-rtn", "int4-rtn", "int4-gptq", "int3-gptq")
+EVAL = ("--tokens", "10240", "--samples", "3")
 BENCH = ("--prompt-tokens", "256", "--output-tokens", "48", "--repetitions", "3")
 
 
@@ -40,7 +40,16 @@ def main() -> int:
     if missing["bench"]:
         gossamer("bench", *models, "--out", results, *BENCH)  # all of them, so that one run compares them
     report = out / "report.html"
-    gossamer("report", results, "--html", report, "--title", "SmolLM2-135M, smaller by several recipes")
+    gossamer(
+        "report",
+        results,
+        "--html",
+        report,
+        "--markdown",
+        out / "table.md",
+        "--title",
+        "SmolLM2-135M, smaller by several recipes",
+    )
     print(f"\n{time.monotonic() - started:.0f} s; open {report} in a browser", file=sys.stderr)
     return 0
 

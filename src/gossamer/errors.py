@@ -1,27 +1,27 @@
 """Every error that Gossamer raises on purpose. Nothing in the package stands below this file.
 
-    GossamerError                 exit code 1
-    ├── UsageError                exit code 2: the request itself is wrong
-    │   ├── UnknownName           a command, option, method, alias or recipe that does not exist
-    │   └── RecipeError           a recipe with an unknown key, a bad value or an illegal order
-    ├── CheckpointError           a model's files
-    │   ├── ModelNotFound         no such folder, file, alias or hub id
-    │   ├── UnsafeCheckpoint      pickle, remote code, a path that leaves the folder
-    │   ├── CorruptCheckpoint     truncated, overlapping, inconsistent
-    │   └── UnsupportedModel      well-formed, but of a kind that is not implemented
-    ├── TokenizerError            text to tokens and back
-    │   └── ChatTemplateError     a template that fails, loops or prints without end
-    ├── CompressionError          a recipe meeting a model
-    │   ├── ShapeMismatch         a group size that does not divide a layer, ...
-    │   ├── ResumeMismatch        unfinished work of another model, recipe, corpus or seed
-    │   └── NumericalError        a factorization that no damping rescues, NaN, Inf
-    ├── OutputLocked              two runs on one output
-    ├── OutputExists              an output that would be overwritten
-    ├── DoesNotFit                memory or disk, with the numbers and the way out
-    ├── KernelError               a shape, stride or dtype that a kernel does not take
-    ├── EngineError               a generation request that cannot be served
-    └── MeasureError              a measurement that would not mean what it says
-        └── Contaminated          judged on the text that calibrated or trained it
+GossamerError                 exit code 1
+├── UsageError                exit code 2: the request itself is wrong
+│   ├── UnknownName           a command, option, method, alias or recipe that does not exist
+│   └── RecipeError           a recipe with an unknown key, a bad value or an illegal order
+├── CheckpointError           a model's files
+│   ├── ModelNotFound         no such folder, file, alias or hub id
+│   ├── UnsafeCheckpoint      pickle, remote code, a path that leaves the folder
+│   ├── CorruptCheckpoint     truncated, overlapping, inconsistent
+│   └── UnsupportedModel      well-formed, but of a kind that is not implemented
+├── TokenizerError            text to tokens and back
+│   └── ChatTemplateError     a template that fails, loops or prints without end
+├── CompressionError          a recipe meeting a model
+│   ├── ShapeMismatch         a group size that does not divide a layer, ...
+│   ├── ResumeMismatch        unfinished work of another model, recipe, corpus or seed
+│   └── NumericalError        a factorization that no damping rescues, NaN, Inf
+├── OutputLocked              two runs on one output
+├── OutputExists              an output that would be overwritten
+├── DoesNotFit                memory or disk, with the numbers and the way out
+├── KernelError               a shape, stride or dtype that a kernel does not take
+├── EngineError               a generation request that cannot be served
+└── MeasureError              a measurement that would not mean what it says
+    └── Contaminated          judged on the text that calibrated or trained it
 """
 
 from __future__ import annotations

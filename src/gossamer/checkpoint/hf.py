@@ -189,12 +189,17 @@ class HFCheckpoint(Checkpoint):
 
     def _note(self, manifest: Manifest | None) -> str | None:
         if manifest is not None:
-            return manifest.base.note
+            note = manifest.base.note
+            return f"{DERIVED}{note}" if manifest.recipe and note else note
         packed = Counter(form for form in self._formats.values() if isinstance(form, Integer))
         if not packed:
             return None
         form = packed.most_common(1)[0][0]
         return f"stored as {form.name}: already {form.bits}-bit"
+
+
+DERIVED = "made from a baseline "
+"""Begins the note of a model that a recipe made; what follows is said of what it was made from."""
 
 
 def normalized(config: dict[str, Any], where: Path) -> dict[str, Any]:

@@ -1,20 +1,30 @@
-"""How much memory this process may still take, and the check made before taking a lot of it."""
+"""How much memory this process may take, now and ever, and the check made before taking a lot of it."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from ..errors import DoesNotFit
 
 ROOT = Path("/sys/fs/cgroup")
 MEMBERSHIP = Path("/proc/self/cgroup")
+UNLIMITED = 1 << 60
+"""Version 1 of control groups writes "no limit" as a number near 2**63."""
 
 
 def available_memory() -> int:
     """Bytes that may still be taken: what the machine has left, or what a control group allows if that is less."""
     import psutil
 
-    return max(0, min([int(psutil.virtual_memory().available), *_left_in_groups(ROOT, MEMBERSHIP)]))
+    return max(0, min([int(psutil.virtual_memory().available), *(limit - used for limit, used in _limits())]))
+
+
+def total_memory() -> int:
+    """Bytes that this process could ever use: the machine's, or a control group's limit if that is less."""
+    import psutil
+
+    return min([int(psutil.virtual_memory().total), *(limit for limit, _ in _limits())])
 
 
 def require_memory(needed: int, what: str, hint: str) -> None:
@@ -24,41 +34,39 @@ def require_memory(needed: int, what: str, hint: str) -> None:
         raise DoesNotFit(f"{what} takes {needed / 1e6:,.1f} MB, but {available / 1e6:,.1f} MB are available", hint=hint)
 
 
-def _left_in_groups(root: Path, membership: Path) -> list[int]:
-    """Bytes left in every control group above this process that has a limit; file cache counts as free."""
+def _limits() -> list[tuple[int, int]]:
+    """(limit, used) of every control group (v1 or v2) above this process that limits memory."""
     try:
-        lines = membership.read_text().splitlines()
+        lines = MEMBERSHIP.read_text().splitlines()
     except OSError:
         return []
-    left = []
+    found = []
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers in {"", "memory"}:  # version 2, or the memory controller of version 1
-            top = root / controllers
-            group = top / path.lstrip("/")
-            left += [_left(folder) for folder in (group, *group.parents) if folder.is_relative_to(top)]
-    return [n for n in left if n is not None]
+        if controllers == "":
+            base, names = ROOT, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            base, names = ROOT / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = base / path.lstrip("/")
+        while folder.is_relative_to(base):  # a limit on any ancestor binds too
+            found += _limit_of(folder, *names)
+            folder = folder.parent
+    return found
 
 
-def _left(group: Path) -> int | None:
-    """Bytes left in one control group, or None if it has no limit."""
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        limit, used = _number(group / limit_name), _number(group / used_name)
-        if limit is not None and used is not None:
-            return limit - used + _file_cache(group)
-    return None
-
-
-def _file_cache(group: Path) -> int:
-    """Page cache that counts as used, but is given back when memory is asked for."""
+def _limit_of(folder: Path, limit_name: str, usage_name: str, reclaimable: str) -> list[tuple[int, int]]:
+    """[(limit, used)] of one group, or [] if it sets none; file cache that is given back on demand is not used."""
+    limit, used = _number(folder / limit_name), _number(folder / usage_name)
+    if limit is None or used is None or limit >= UNLIMITED:
+        return []
     try:
-        lines = (group / "memory.stat").read_text().splitlines()
+        stat = (folder / "memory.stat").read_text()
     except OSError:
-        return 0
-    return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+        stat = ""
+    cache = re.search(rf"^{reclaimable} (\d+)$", stat, re.MULTILINE)
+    return [(limit, max(0, used - (int(cache[1]) if cache else 0)))]
 
 
 def _number(path: Path) -> int | None:

@@ -64,17 +64,17 @@ def print_error(error: GossamerError) -> None:
 
 
 class _Lines:
-    """Progress for logs: a line when a label begins, ends, or has been silent for a while."""
+    """Progress for logs: a line now and then of what takes long, and one when that ends."""
 
     def __init__(self) -> None:
-        self.label, self.finished, self.last = "", False, 0.0
+        self.label, self.last, self.long = "", 0.0, False
 
     def __call__(self, label: str, done: int, total: int) -> None:
-        if label != self.label:
-            self.label, self.finished, self.last = label, False, time.monotonic()
         now = time.monotonic()
-        if not self.finished and (done >= total or now - self.last >= SECONDS_BETWEEN_LINES):
-            self.finished, self.last = done >= total, now
+        if label != self.label:
+            self.label, self.last, self.long = label, now, False
+        if now - self.last >= SECONDS_BETWEEN_LINES or (self.long and done >= total):
+            self.last, self.long = now, done < total
             print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
 
 

@@ -132,7 +132,7 @@ def with_overrides(
 
 def available_memory() -> int:
     """Bytes that this process may still take."""
-    from ..measure.memory import available_memory as available
+    from ..checkpoint.memory import available_memory as available
 
     return available()
 
@@ -160,7 +160,7 @@ def _calibration(name: str, recipe: Recipe, checkpoint: Checkpoint, report: Prog
         def step(label: str, done: int, total: int) -> None:
             report("sampling calibration text from the model", done, total)
 
-        return LLM(checkpoint, weights="float").sample_tokens(sequences, length, seed, progress=step)
+        return LLM(checkpoint).sample_tokens(sequences, length, seed, progress=step)
 
     return calibrate(recipe.calibration, checkpoint, generate)
 

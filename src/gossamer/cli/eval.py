@@ -118,9 +118,12 @@ def print_table(records: Sequence[dict[str, Any]], table: Any, protocol: str) ->
     screen.print(table)
     machine = records[0]["machine"]
     screen.print(Text(f"{protocol}; {machine['threads']} threads, {machine['cpu']} ({machine['isa']})", style="dim"))
-    notes = {f"{r['model']['name']}: {r['model']['note']}" for r in records if r["model"]["note"]}
-    for note in sorted(notes):
-        screen.print(Text(note, style="dim"))
+    by_note: dict[str, list[str]] = {}
+    for record in records:
+        if record["model"]["note"]:
+            by_note.setdefault(record["model"]["note"], []).append(record["model"]["name"])
+    for note, names in by_note.items():
+        screen.print(Text(f"{', '.join(names)}: {note}", style="dim"))
 
 
 def number(value: float | None, digits: int) -> str:

@@ -18,7 +18,11 @@ def report(
     quiet: Quiet = False,
     title: Annotated[str, typer.Option(help="Title of the HTML page.")] = "Gossamer report",
 ) -> None:
-    """One table of what was measured: memory, speed and quality, with the protocol under it."""
+    """One table of what was measured: memory, speed and quality, with the protocol under it.
+
+    \b
+    gossamer report runs/ --html report.html
+    """
     import sys
 
     from gossamer import report as reporting

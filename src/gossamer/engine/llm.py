@@ -97,7 +97,6 @@ class LLM:
             )
         return self.tokenizer.chat([dict(m) for m in messages])
 
-    @torch.inference_mode()
     def sample_tokens(
         self, sequences: int, length: int, seed: int, temperature: float = 1.0, progress: Progress | None = None
     ) -> Tensor:

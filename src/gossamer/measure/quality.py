@@ -2,7 +2,8 @@
 
 Windows of `context` tokens start every `stride` tokens; the last `scored` tokens of each are predicted from all that
 stand before them in the window; an incomplete last window is dropped. The text is tokenized once, as a whole, with what
-special tokens the tokenizer adds by itself. Per scored token, over the whole vocabulary and in float64:
+special tokens the tokenizer adds by itself. Per scored token, over the whole vocabulary,
+in float32 with sums in float64:
 
     perplexity        exp of the mean negative log-likelihood of the token that is there
     KL divergence     sum p_reference * (log p_reference - log p_model), mean and 99th percentile
@@ -104,9 +105,9 @@ class _Scorer:
 
     def add(self, logp: Tensor, truth: Tensor | None, targets: Tensor) -> None:
         """Score log-probabilities [rows, vocab_size] against targets [rows] and against the reference's, if any."""
-        self.nll.append(-logp.gather(1, targets.unsqueeze(1)).squeeze(1))
+        self.nll.append(-logp.gather(1, targets.unsqueeze(1)).squeeze(1).double())
         if truth is not None:
-            self.kld.append((truth.exp() * (truth - logp)).sum(-1))
+            self.kld.append((truth.exp() * (truth - logp)).sum(-1, dtype=torch.float64))
             self.agreed.append(logp.argmax(-1) == truth.argmax(-1))
 
     def outcome(self) -> Quality | MeasureError:
@@ -155,8 +156,8 @@ def hidden_states(decoder: Decoder, window: Tensor, scored: int) -> Tensor:
 
 
 def log_probabilities(decoder: Decoder, states: Tensor) -> Tensor:
-    """Log-probabilities [rows, vocab_size], float64, from states [rows, hidden_size]. Raises MeasureError on NaN."""
+    """Log-probabilities float32 [rows, vocab_size] from states [rows, hidden_size]. Raises MeasureError on NaN."""
     logits = decoder.logits(states)
     if not torch.isfinite(logits).all():
         raise MeasureError("the model's logits are not finite: NaN or infinity")
-    return logits.double().log_softmax(-1)
+    return logits.log_softmax(-1)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .. import __version__, settings
-from .memory import total_memory
+from ..checkpoint.memory import total_memory
 
 if TYPE_CHECKING:
     from ..checkpoint.base import Checkpoint

@@ -90,10 +90,11 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def source_notes(rows: Sequence[Row]) -> list[str]:
-    """What a model's source says of itself, such as that the baseline is already 4-bit."""
+    """What a source says of itself, such as that it is already 4-bit; said once, not again of all made from it."""
     found: dict[str, None] = {}
+    said = {row.note for row in rows if row.baseline and row.note}
     for row in rows:
-        if row.note:
+        if row.note and (row.baseline or not any(row.note.endswith(note) for note in said)):
             lead = "Baseline " if row.baseline and "baseline" not in row.note else ""
             found[f"{lead}{clean(row.label)}: {clean(row.note).rstrip('.')}."] = None
     return list(found)

@@ -7,6 +7,7 @@ unless that engine was evaluated itself. Does not know how a row is shown.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,16 +202,26 @@ def _row(
 
 
 def _with_labels(rows: list[Row]) -> list[Row]:
-    """Rows whose name stands for two models say which one they are."""
+    """Short labels: the folder that all models share is left out; a name of two models says which one it is."""
     fingerprints: dict[str, set[str | None]] = {}
     for row in rows:
         fingerprints.setdefault(row.name, set()).add(row.fingerprint)
-    return [
-        replace(row, label=f"{row.name} @{(row.fingerprint or 'unknown').removeprefix('sha256:')[:7]}")
-        if len(fingerprints[row.name]) > 1
-        else row
-        for row in rows
-    ]
+    shared = _shared_folder(list(fingerprints))
+
+    def label(row: Row) -> str:
+        short = row.name[shared:]
+        if len(fingerprints[row.name]) == 1:
+            return short
+        return f"{short} @{(row.fingerprint or 'unknown').removeprefix('sha256:')[:7]}"
+
+    return [replace(row, label=label(row)) for row in rows]
+
+
+def _shared_folder(names: list[str]) -> int:
+    """Length of the folder, slash included, that several names all begin with."""
+    if len(names) < 2:
+        return 0
+    return os.path.commonprefix(names).rfind("/") + 1
 
 
 def _targets(row: Row, rows: Sequence[Row]) -> list[Row]:

@@ -115,7 +115,7 @@ def test_an_artifact_that_was_tampered_with_does_not_open(tmp_path: Path, tiny: 
     checkpoint = open_checkpoint(folder)
     assert checkpoint.manifest is not None
     assert checkpoint.manifest["base"]["name"] == "smollm2"
-    assert checkpoint.source_note == "already 4-bit"
+    assert checkpoint.source_note == "made from a baseline already 4-bit"
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)

@@ -115,10 +115,39 @@ def test_interrupt_exits_with_130(monkeypatch, capsys):
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_out_of_memory_is_a_message(monkeypatch, capsys):
-    _raising(monkeypatch, MemoryError())
+def test_threads_wait_asleep_unless_told_otherwise(monkeypatch):
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    main(["--version"])
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    main(["--version"])
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    main(["--version"])
+    assert 0 < int(os.environ["GOMP_SPINCOUNT"]) < 5000
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (OSError(28, "No space left on device", "out.jsonl"), "No space left on device: 'out.jsonl'"),
+    ],
+)
+def test_what_the_machine_refuses_is_a_message(monkeypatch, capsys, error, message):
+    _raising(monkeypatch, error)
     assert main(["fail"]) == 1
-    assert "out of memory" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch):
+    _raising(monkeypatch, RuntimeError("shape mismatch"))
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        main(["fail"])
 
 
 def test_a_reader_that_leaves_is_no_error():
@@ -140,13 +169,15 @@ def test_json_is_one_line_and_refuses_nan(capsys):
         _console.emit_json({"x": float("nan")})
 
 
-def test_progress_off_a_terminal_is_a_line_for_each_end(capsys):
+def test_progress_off_a_terminal_is_sparse_lines_of_what_takes_long(capsys, monkeypatch):
+    clock = iter([0, 4, 11, 12, 20, 0, 3])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
     with _console.progress() as step:
-        for label in ("reading", "writing"):
-            for done in range(101):
-                step(label, done, 100)
-    out, err = capsys.readouterr()
-    assert (out, err) == ("", "reading: 100/100\nwriting: 100/100\n")
+        for done in range(5):
+            step("reading", done, 4)
+        for done in range(2):
+            step("writing", done, 1)
+    assert capsys.readouterr() == ("", "reading: 2/4\nreading: 4/4\n")
 
 
 def test_quiet_progress_says_nothing(capsys):

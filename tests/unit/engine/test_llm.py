@@ -231,6 +231,7 @@ def test_sampled_tokens_are_deterministic_by_seed_and_from_the_model(llm):
     assert a.dtype == torch.int64
     assert a.shape == (3, 20)
     assert torch.equal(a, b)
+    assert not a.is_inference()  # whoever gets it may write into it
     assert not torch.equal(a, other)
 
 

@@ -30,40 +30,6 @@ def test_usage_agrees_with_psutil_and_shared_pages_count_less_in_pss() -> None:
     assert memory.peak_rss() >= usage.rss * 0.9
 
 
-def test_available_memory_is_no_more_than_there_is() -> None:
-    assert 0 < memory.available_memory() <= memory.total_memory() <= psutil.virtual_memory().total
-
-
-def cgroup(folder: Path, **files: object) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        (folder / name.replace("__", ".")).write_text(str(content))
-
-
-def test_the_limits_of_a_cgroup_and_of_its_ancestors_count(tmp_path: Path) -> None:
-    membership = tmp_path / "membership"
-    membership.write_text("0::/outer/inner\n")
-    root = tmp_path / "v2"
-    cgroup(root / "outer", memory__max=1000, memory__current=700, memory__stat="anon 1\ninactive_file 300\n")
-    cgroup(root / "outer/inner", memory__max="max", memory__current=100, memory__stat="inactive_file 0\n")
-    assert memory._cgroup_limits(root, membership) == [(1000, 400)]
-
-
-def test_the_limits_of_a_version_1_cgroup_count(tmp_path: Path) -> None:
-    membership = tmp_path / "membership"
-    membership.write_text("5:cpu:/a\n4:memory:/a\n0::/\n")
-    files = {"memory__usage_in_bytes": 80, "memory__stat": "total_inactive_file 30\n"}
-    cgroup(tmp_path / "v1/memory/a", memory__limit_in_bytes=200, **files)
-    cgroup(tmp_path / "v1/memory", memory__limit_in_bytes=(1 << 63) - 4096, **files)
-    assert memory._cgroup_limits(tmp_path / "v1", membership) == [(200, 50)]
-
-
-def test_a_cgroup_bounds_what_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_cgroup_limits", lambda: [(5000, 4000), (10**15, 0)])
-    assert memory.available_memory() == 1000
-    assert memory.total_memory() == 5000
-
-
 def test_records_are_appended_whole_even_after_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "x.jsonl"
     records.append_record(path, {"a": "ä"})

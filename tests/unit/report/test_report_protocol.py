@@ -81,3 +81,18 @@ def test_a_note_that_does_not_say_baseline_is_said_of_the_baseline(rows_of: Any,
 
 def test_marks_go_on_after_z() -> None:
     assert [_letter(n) for n in (1, 26, 27, 52, 53, 703)] == ["a", "z", "aa", "az", "ba", "aaa"]
+
+
+def test_what_is_made_from_a_baseline_in_the_table_does_not_repeat_its_note(rows_of: Any, made: ModuleType) -> None:
+    note = "stored as Q4_1 (GGUF): already 4-bit"
+    base = made.evaluation(made.model("smollm2", note=note))
+    small = made.evaluation(made.model("small", 20, "int4-gptq", note=f"made from a baseline {note}"))
+    assert sum("already 4-bit" in line for line in notes(rows_of(base, small))) == 1
+    assert f"small: made from a baseline {note}." in notes(rows_of(small))
+
+
+def test_labels_leave_out_the_folder_that_all_models_share(rows_of: Any, made: ModuleType) -> None:
+    names = ["runs/demo/a", "runs/demo/ab/c"]
+    labels = {row.label for row in rows_of(*(made.evaluation(made.model(name)) for name in names))}
+    assert labels == {"a", "ab/c"}
+    assert {row.label for row in rows_of(made.evaluation(made.model(names[0])))} == {"runs/demo/a"}

@@ -32,14 +32,16 @@ def test_version_2_takes_the_tightest_of_all_levels(groups):
 def test_version_1_is_read_too(groups):
     (groups / "membership").write_text("3:cpu:/x\n2:memory:/job\n")
     group(groups / "cgroup/memory/job", memory__limit_in_bytes=700, memory__usage_in_bytes=800)
+    group(groups / "cgroup/memory", memory__limit_in_bytes=(1 << 63) - 4096, memory__usage_in_bytes=900)
     assert memory.available_memory() == 0
+    assert memory.total_memory() == 700
 
 
 def test_without_limits_it_is_what_the_machine_has(groups):
     (groups / "membership").write_text("0::/\n")
     assert memory.available_memory() > 1 << 20
     (groups / "membership").unlink()
-    assert memory.available_memory() > 1 << 20
+    assert 1 << 20 < memory.available_memory() <= memory.total_memory()
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers(monkeypatch):
