@@ -85,9 +85,10 @@ class _Scorer:
         self.seconds = 0.0
         self.error: MeasureError | None = None
         self.states = torch.empty(0)
-        self.nll: list[Tensor] = []
-        self.kld: list[Tensor] = []
-        self.agreed: list[Tensor] = []
+        # Numbers, not tensors: small tensors that stay, between large ones that go, tear holes into the heap.
+        self.nll: list[float] = []
+        self.kld: list[float] = []
+        self.agreed: list[bool] = []
 
     def read(self, window: Tensor, scored: int) -> None:
         """Run the blocks over a window [context]; keep the states [scored, hidden_size] of the positions to score."""
@@ -105,29 +106,27 @@ class _Scorer:
 
     def add(self, logp: Tensor, truth: Tensor | None, targets: Tensor) -> None:
         """Score log-probabilities [rows, vocab_size] against targets [rows] and against the reference's, if any."""
-        self.nll.append(-logp.gather(1, targets.unsqueeze(1)).squeeze(1).double())
+        self.nll += (-logp.gather(1, targets.unsqueeze(1)).squeeze(1)).tolist()
         if truth is not None:
-            self.kld.append((truth.exp() * (truth - logp)).sum(-1, dtype=torch.float64))
-            self.agreed.append(logp.argmax(-1) == truth.argmax(-1))
+            self.kld += (truth.exp() * (truth - logp)).sum(-1, dtype=torch.float64).tolist()
+            self.agreed += (logp.argmax(-1) == truth.argmax(-1)).tolist()
 
     def outcome(self) -> Quality | MeasureError:
         if self.error is not None:
             return self.error
-        nll = torch.cat(self.nll)
-        mean = float(nll.mean())
+        mean = float(np.mean(self.nll))
         if mean > LARGEST_NLL:
             return MeasureError(f"mean negative log-likelihood {mean:.4g}: the perplexity is past every float")
         if not self.kld:
-            return Quality(mean, len(nll), self.tokens_read, self.seconds)
-        kld = torch.cat(self.kld).numpy()
+            return Quality(mean, len(self.nll), self.tokens_read, self.seconds)
         return Quality(
             nll=mean,
-            tokens_scored=len(nll),
+            tokens_scored=len(self.nll),
             tokens_read=self.tokens_read,
             seconds=self.seconds,
-            kld_mean=float(kld.mean()),
-            kld_p99=float(np.quantile(kld, 0.99)),
-            top1_agreement=float(torch.cat(self.agreed).double().mean()),
+            kld_mean=float(np.mean(self.kld)),
+            kld_p99=float(np.quantile(self.kld, 0.99)),
+            top1_agreement=float(np.mean(self.agreed)),
         )
 
 

@@ -219,9 +219,11 @@ def _with_labels(rows: list[Row]) -> list[Row]:
 
 def _shared_folder(names: list[str]) -> int:
     """Length of the folder, slash included, that several names all begin with."""
-    if len(names) < 2:
+    if len(names) < 2 or len({name.startswith("/") for name in names}) > 1:
         return 0
-    return os.path.commonprefix(names).rfind("/") + 1
+    folder = os.path.commonpath([os.path.dirname(name) for name in names])
+    # A name with doubled slashes is not what commonpath makes of it.
+    return len(folder) + 1 if folder and all(name.startswith(f"{folder}/") for name in names) else 0
 
 
 def _targets(row: Row, rows: Sequence[Row]) -> list[Row]:
