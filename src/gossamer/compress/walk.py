@@ -27,13 +27,13 @@ def walk(block: Block, x: Tensor, rotation: Rotation, compress: Compress) -> Non
     """Compress a block on the residual stream x [sequences, time, hidden], which becomes its output in place."""
     chunks = list(_chunks(x))
     compress(("q", "k", "v"), hessian(block.attn_norm(x[c]) for c in chunks))
-    mixed = torch.cat([block.mix(block.attn_norm(x[c]), rotation) for c in chunks])
+    mixed = _fill(x, block.layer.q_size, chunks, lambda c: block.mix(block.attn_norm(x[c]), rotation))
     compress(("o",), hessian(mixed[c] for c in chunks))
     for c in chunks:
         x[c] += block.linear("o", mixed[c])
     del mixed
     compress(("gate", "up"), hessian(block.ffn_norm(x[c]) for c in chunks))
-    gated = torch.cat([block.gated(block.ffn_norm(x[c])) for c in chunks])
+    gated = _fill(x, block.layer.ffn_width, chunks, lambda c: block.gated(block.ffn_norm(x[c])))
     compress(("down",), hessian(gated[c] for c in chunks))
     for c in chunks:
         x[c] += block.linear("down", gated[c])
@@ -41,14 +41,9 @@ def walk(block: Block, x: Tensor, rotation: Rotation, compress: Compress) -> Non
 
 def advance(block: Block, x: Tensor, rotation: Rotation) -> None:
     """Carry the residual stream through a block that is compressed already, by the same arithmetic as `walk`."""
-    chunks = list(_chunks(x))
-    mixed = torch.cat([block.mix(block.attn_norm(x[c]), rotation) for c in chunks])
-    for c in chunks:
-        x[c] += block.linear("o", mixed[c])
-    del mixed
-    gated = torch.cat([block.gated(block.ffn_norm(x[c])) for c in chunks])
-    for c in chunks:
-        x[c] += block.linear("down", gated[c])
+    for c in _chunks(x):
+        x[c] += block.linear("o", block.mix(block.attn_norm(x[c]), rotation))
+        x[c] += block.linear("down", block.gated(block.ffn_norm(x[c])))
 
 
 def hessian(inputs: Iterator[Tensor]) -> Tensor:
@@ -62,7 +57,20 @@ def hessian(inputs: Iterator[Tensor]) -> Tensor:
         for start in range(0, columns, PANEL):  # the product is symmetric: half of it is enough
             total[start : start + PANEL, start:].addmm_(flat[:, start : start + PANEL].T, flat[:, start:])
     assert total is not None
-    return torch.triu(total).add_(torch.triu(total, diagonal=1).T)
+    for start in range(0, total.shape[0], PANEL):  # the other half, without another matrix of this size
+        stop = start + PANEL
+        total[stop:, start:stop] = total[start:stop, stop:].T
+        corner = total[start:stop, start:stop]
+        corner.copy_(torch.triu(corner) + torch.triu(corner, diagonal=1).T)
+    return total
+
+
+def _fill(x: Tensor, width: int, chunks: list[slice], compute: Callable[[slice], Tensor]) -> Tensor:
+    """[sequences, time, width] computed a few sequences at a time."""
+    out = torch.empty(*x.shape[:2], width)
+    for c in chunks:
+        out[c] = compute(c)
+    return out
 
 
 def _chunks(x: Tensor) -> Iterator[slice]:

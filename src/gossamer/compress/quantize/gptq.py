@@ -57,14 +57,16 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     if not mean > 0 or mean == float("inf"):
         raise NumericalError(f"the calibration inputs of this layer are all zero or not finite (mean square {mean})")
     while damping <= MAX_DAMPING:
-        damped = hessian[order][:, order]
+        damped = hessian[order].index_select(1, order)
         diagonal = damped.diagonal()
         diagonal += damping * mean
         diagonal[diagonal == damping * mean] = mean  # unused columns: any positive number will do
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
+            # Matrices of the largest layer are most of the memory that GPTQ takes: drop each as soon as it has served.
             del damped
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            factor = torch.cholesky_inverse(factor)
+            upper, failed = torch.linalg.cholesky_ex(factor, upper=True)
             if not failed and torch.isfinite(upper).all():
                 return cast(Tensor, upper)
         damping *= 10

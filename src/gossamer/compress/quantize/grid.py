@@ -12,6 +12,8 @@ from torch import Tensor
 from ...formats import Codes, Integer
 
 CLIP_STEPS = 24
+WEIGHTS_AT_ONCE = 1 << 20
+"""Bounds the temporary memory of the search, and keeps it in the caches."""
 SMALLEST_RANGE = 0.45
 """The search tries CLIP_STEPS ranges, from one that clips nothing down to this share of a group's own."""
 
@@ -24,6 +26,24 @@ def grid_of(
     `importance` [in] weighs the squared error of each column (the diagonal of the Hessian, say).
     Zero points are int8 in the range of the codes, and 0 for a symmetric format.
     """
+    rows = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
+    parts = [_grid_of_rows(part, form, clip, importance) for part in torch.split(weight, rows)]
+    return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
+
+
+def quantize(weight: Tensor, scale: Tensor, zero: Tensor, form: Integer) -> Codes:
+    """Round a weight [out, in] to the nearest point of its groups' grids."""
+    grouped = weight.view(*scale.shape, -1)
+    codes, _ = _round(grouped, scale.unsqueeze(-1), zero.unsqueeze(-1), form)
+    return Codes(codes.to(torch.int8).view(weight.shape), scale, None if form.symmetric else zero.to(torch.int8))
+
+
+def round_column(column: Tensor, scale: Tensor, zero: Tensor, form: Integer) -> tuple[Tensor, Tensor]:
+    """Codes and their values for one column [out] with its group's scale and zero point [out]."""
+    return _round(column, scale, zero, form)
+
+
+def _grid_of_rows(weight: Tensor, form: Integer, clip: str, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     grouped = weight.view(weight.shape[0], form.groups(weight.shape[1]), -1)
     low, high = grouped.amin(-1), grouped.amax(-1)
     scale, zero = _scale_zero(low, high, form)
@@ -42,18 +62,6 @@ def grid_of(
         best = torch.where(better, loss, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
     return scale, zero
-
-
-def quantize(weight: Tensor, scale: Tensor, zero: Tensor, form: Integer) -> Codes:
-    """Round a weight [out, in] to the nearest point of its groups' grids."""
-    grouped = weight.view(*scale.shape, -1)
-    codes, _ = _round(grouped, scale.unsqueeze(-1), zero.unsqueeze(-1), form)
-    return Codes(codes.to(torch.int8).view(weight.shape), scale, None if form.symmetric else zero.to(torch.int8))
-
-
-def round_column(column: Tensor, scale: Tensor, zero: Tensor, form: Integer) -> tuple[Tensor, Tensor]:
-    """Codes and their values for one column [out] with its group's scale and zero point [out]."""
-    return _round(column, scale, zero, form)
 
 
 def _scale_zero(low: Tensor, high: Tensor, form: Integer) -> tuple[Tensor, Tensor]:
