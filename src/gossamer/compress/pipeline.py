@@ -96,6 +96,7 @@ class _Run:
         with Lock(self.out):
             existing = self._existing(overwrite)
             if existing is not None:
+                shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed right after it had finished
                 return existing
             if restart and self.work.exists():
                 shutil.rmtree(self.work)
@@ -126,11 +127,15 @@ class _Run:
 
     def _existing(self, overwrite: bool) -> Result | None:
         """The finished artifact if it is just what was asked for. Raises OutputExists if it is something else."""
-        if overwrite or not self.out.exists():
+        if not self.out.exists():
             return None
+        if self.out.resolve() == self.checkpoint.path.resolve():
+            raise OutputExists(f"{self.out} is the model that is read", hint="choose another --out")
         manifest = read_manifest(self.out) if self.out.is_dir() else None
         if manifest is None:
             raise OutputExists(f"{self.out} exists and is not an artifact of ours", hint="choose another --out")
+        if overwrite:
+            return None
         calibration = None if manifest.calibration is None else manifest.calibration.sha256
         was = {"model": manifest.base.fingerprint, "recipe": manifest.recipe, "calibration": calibration}
         now = {key: self._header()[key] for key in was}

@@ -139,9 +139,25 @@ def test_the_same_command_again_does_nothing_and_another_is_refused(model: Path,
 def test_a_folder_that_is_not_ours_is_never_replaced_in_silence(model: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
-    with pytest.raises(OutputExists):
-        compress(open_checkpoint(model), recipe("rtn"), tmp_path / "out")
+    for overwrite in (False, True):
+        with pytest.raises(OutputExists):
+            compress(open_checkpoint(model), recipe("rtn"), tmp_path / "out", overwrite=overwrite)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
+
+
+def test_a_model_is_never_written_over_itself(model: Path, tmp_path: Path) -> None:
+    compress(open_checkpoint(model), recipe("rtn"), tmp_path / "out")
+    before = digest(tmp_path / "out")
+    with pytest.raises(OutputExists, match="is the model that is read"):
+        compress(open_checkpoint(tmp_path / "out"), recipe("rtn", bits=3), tmp_path / "out", overwrite=True)
+    assert digest(tmp_path / "out") == before
+
+
+def test_what_a_run_killed_at_its_very_end_leaves_is_swept(model: Path, tmp_path: Path) -> None:
+    compress(open_checkpoint(model), recipe("rtn"), tmp_path / "out")
+    (tmp_path / ".out.work").mkdir()
+    assert compress(open_checkpoint(model), recipe("rtn"), tmp_path / "out").existed
+    assert not (tmp_path / ".out.work").exists()
 
 
 def test_a_failed_overwrite_keeps_the_old_artifact(
