@@ -7,7 +7,7 @@ Groups keep their place when columns are processed in another order (`act_order`
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -56,19 +56,22 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     mean = float(hessian.diagonal().mean())
     if not mean > 0 or mean == float("inf"):
         raise NumericalError(f"the calibration inputs of this layer are all zero or not finite (mean square {mean})")
+    # With the columns in reverse, H = L L^T gives U = L^-1 in reverse: one factorization and one triangular inverse,
+    # and no inverse of H. The matrices of the largest layer are most of the memory that GPTQ takes: drop each early.
+    reverse = order.flip(0)
     while damping <= MAX_DAMPING:
-        damped = hessian[order].index_select(1, order)
+        damped = hessian[reverse].index_select(1, reverse)
         diagonal = damped.diagonal()
         diagonal += damping * mean
         diagonal[diagonal == damping * mean] = mean  # unused columns: any positive number will do
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped, diagonal
         if not failed:
-            # Matrices of the largest layer are most of the memory that GPTQ takes: drop each as soon as it has served.
-            del damped
-            factor = torch.cholesky_inverse(factor)
-            upper, failed = torch.linalg.cholesky_ex(factor, upper=True)
-            if not failed and torch.isfinite(upper).all():
-                return cast(Tensor, upper)
+            inverse = torch.eye(len(order))
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            if torch.isfinite(inverse).all():
+                return inverse.flip(0, 1)
         damping *= 10
     raise NumericalError(f"no damping up to {MAX_DAMPING} makes this layer's Hessian {tuple(hessian.shape)} invertible")
 
