@@ -51,7 +51,10 @@ def test_eval_prints_and_appends_one_record_for_each_model(
     assert "absent-model" in capsys.readouterr().out
 
 
-def test_eval_prints_a_table_with_its_protocol(tiny: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_prints_a_table_with_its_protocol(
+    tiny: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.cli._console.SECONDS_BETWEEN_LINES", 0.0)
     assert main(["eval", tiny, *EVAL]) == 0
     printed = capsys.readouterr()
     assert "perplexity" in printed.out
