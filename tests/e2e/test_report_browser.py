@@ -16,6 +16,7 @@ import re
 import shutil
 import struct
 import subprocess
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,16 +51,21 @@ def made() -> ModuleType:
     return module
 
 
-def _browse(page: Path, tmp_path: Path, *flags: str) -> str:
+def _browse(page: Path, *flags: str) -> str:
     """Open a page in a browser of its own and return what it printed."""
     assert CHROMIUM is not None
+    # What the browser leaves goes with the test. Its sockets' paths may have a hundred letters: tmp_path is too long.
+    with tempfile.TemporaryDirectory() as short:
+        return _run(page, Path(short), *flags)
+
+
+def _run(page: Path, scratch: Path, *flags: str) -> str:
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
         "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--virtual-time-budget=5000",
-        f"--user-data-dir={tmp_path / 'profile'}", *flags, page.as_uri(),
+        f"--user-data-dir={scratch / 'profile'}", *flags, page.as_uri(),
     ]  # fmt: skip
-    # A temporary folder of its own: what the browser leaves there goes with the test.
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    environment = {**os.environ, "TMPDIR": str(scratch)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
     return done.stdout
 
@@ -78,7 +84,7 @@ def _act(text: str, script: str, tmp_path: Path, *flags: str, policy: bool = Tru
     text = text.replace("<title>", f"<script>{WATCH}</script><title>", 1)
     copy = tmp_path / "copy.html"
     copy.write_text(text.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
-    found = re.search(r'<html[^>]* data-seen="([^"]*)"', _browse(copy, tmp_path, "--dump-dom", *flags))
+    found = re.search(r'<html[^>]* data-seen="([^"]*)"', _browse(copy, "--dump-dom", *flags))
     assert found, "the script did not reach its end"
     seen: dict[str, Any] = json.loads(html.unescape(found[1]))
     return seen
@@ -193,7 +199,7 @@ def test_the_page_never_scrolls_sideways_as_a_whole(tmp_path: Path, made: Module
 def test_a_screenshot_can_be_taken(tmp_path: Path, made: ModuleType) -> None:
     page, picture = tmp_path / "report.html", tmp_path / "report.png"
     page.write_text(_page(tmp_path, made, made.study()), encoding="utf-8")
-    _browse(page, tmp_path, "--window-size=1300,1600", f"--screenshot={picture}")
+    _browse(page, "--window-size=1300,1600", f"--screenshot={picture}")
     data = picture.read_bytes()
     assert struct.unpack(">II", data[16:24]) == (1300, 1600)
     assert len(data) > 50_000, "an empty page would be far smaller"
