@@ -61,9 +61,9 @@ def _browse(page: Path, *flags: str) -> str:
 
 def _run(page: Path, scratch: Path, *flags: str) -> str:
     command = [
-        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--virtual-time-budget=5000",
-        f"--user-data-dir={scratch / 'profile'}", *flags, page.as_uri(),
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+        "--virtual-time-budget=5000", f"--user-data-dir={scratch / 'profile'}", *flags, page.as_uri(),
     ]  # fmt: skip
     environment = {**os.environ, "TMPDIR": str(scratch)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, env=environment)
