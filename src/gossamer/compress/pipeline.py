@@ -231,7 +231,8 @@ class _Run:
             assert hessian is not None
             linears = [getattr(block, role) for role in roles]
             sizes = [linear.weight.shape[0] for linear in linears]
-            weight = torch.cat([linear.weight for linear in linears])  # same inputs, same grid: rounded as one
+            # Same inputs, same grid: rounded as one.
+            weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
             names = [self.family.module(role, i) for role in roles]
             _check_finite(f"{names[0]}.weight", weight)
             form = self._form(names[0])

@@ -24,7 +24,10 @@ PANEL = 256
 
 
 def walk(block: Block, x: Tensor, rotation: Rotation, compress: Compress) -> None:
-    """Compress a block on the residual stream x [sequences, time, hidden], which becomes its output in place."""
+    """Compress a block on the residual stream x [sequences, time, hidden], which becomes its output in place.
+
+    The block is used up: its float weights go as soon as they have served.
+    """
     chunks = list(_chunks(x))
     compress(("q", "k", "v"), hessian(block.attn_norm(x[c]) for c in chunks))
     mixed = _fill(x, block.layer.q_size, chunks, lambda c: block.mix(block.attn_norm(x[c]), rotation))
@@ -34,6 +37,7 @@ def walk(block: Block, x: Tensor, rotation: Rotation, compress: Compress) -> Non
     del mixed
     compress(("gate", "up"), hessian(block.ffn_norm(x[c]) for c in chunks))
     gated = _fill(x, block.layer.ffn_width, chunks, lambda c: block.gated(block.ffn_norm(x[c])))
+    del block.q, block.k, block.v, block.o, block.gate, block.up  # they have served; `down` needs the memory
     compress(("down",), hessian(gated[c] for c in chunks))
     for c in chunks:
         x[c] += block.linear("down", gated[c])

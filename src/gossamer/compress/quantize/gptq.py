@@ -40,7 +40,9 @@ class GPTQ(Quantizer):
     def quantize(self, weight: Tensor, form: Integer, hessian: Tensor | None) -> Codes:
         assert hessian is not None
         diagonal = hessian.diagonal().clone()
-        weight = torch.where(diagonal == 0, 0.0, weight)  # a column that is never used may as well be zero
+        unused = diagonal == 0
+        if unused.any():
+            weight = weight.masked_fill(unused, 0.0)  # a column that is never used may as well be zero
         # Groups whose range may follow the repaired weights are fitted when reached; with act_order they are
         # entered in any order, so all are fitted before.
         order = diagonal.argsort(descending=True) if self.options.act_order else torch.arange(len(diagonal))
@@ -60,17 +62,20 @@ def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
     # and no inverse of H. The matrices of the largest layer are most of the memory that GPTQ takes: drop each early.
     reverse = order.flip(0)
     while damping <= MAX_DAMPING:
-        damped = hessian[reverse].index_select(1, reverse)
+        damped = torch.empty_like(hessian)
+        for start in range(0, len(reverse), BLOCK):
+            rows = reverse[start : start + BLOCK]
+            damped[start : start + BLOCK] = hessian[rows].index_select(1, reverse)
         diagonal = damped.diagonal()
         diagonal += damping * mean
         diagonal[diagonal == damping * mean] = mean  # unused columns: any positive number will do
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped, diagonal
+        lower = damped.mT  # symmetric, so this is the same matrix, laid out as LAPACK factorizes it in place
+        _, failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32)))
         if not failed:
             inverse = torch.eye(len(order))
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            del lower
-            if torch.isfinite(inverse).all():
+            del lower, damped, diagonal
+            if torch.isfinite(inverse.sum()):
                 return inverse.flip(0, 1)
         damping *= 10
     raise NumericalError(f"no damping up to {MAX_DAMPING} makes this layer's Hessian {tuple(hessian.shape)} invertible")
