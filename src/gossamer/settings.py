@@ -38,6 +38,11 @@ def offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
+def debugging() -> bool:
+    """True if tracebacks are to be shown."""
+    return os.environ.get("GOSSAMER_DEBUG", "") not in {"", "0"}
+
+
 def threads() -> int:
     """Compute threads: GOSSAMER_THREADS, or the cores that this process may run on."""
     value = os.environ.get("GOSSAMER_THREADS")

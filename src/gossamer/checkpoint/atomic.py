@@ -25,13 +25,15 @@ SUFFIX = ".partial"
 
 
 @contextlib.contextmanager
-def atomic_folder(out: str | Path) -> Iterator[Path]:
+def atomic_folder(out: str | Path, replaced: Path | None = None) -> Iterator[Path]:
     """A temporary folder beside `out` that becomes `out` if the block succeeds, and vanishes if it fails.
 
-    Raises OutputExists if `out` exists, DoesNotFit if the disk is full.
+    `replaced`: where an `out` that exists goes when the new one is complete and on the disk; it stays there.
+    Raises OutputExists if `out` exists and `replaced` is not given, DoesNotFit if the disk is full.
     """
     out = Path(out)
-    _refuse_existing(out)
+    if replaced is None:
+        _refuse_existing(out)
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
@@ -40,11 +42,15 @@ def atomic_folder(out: str | Path) -> Iterator[Path]:
         with disk_errors(out):
             yield temporary
             _sync_tree(temporary)
+            if replaced is not None and os.path.lexists(out):
+                os.rename(out, replaced)
             _refuse_existing(out)
             os.rename(temporary, out)
-            _sync(out.parent)
+            sync(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if replaced is not None and os.path.lexists(replaced) and not os.path.lexists(out):
+            os.rename(replaced, out)
         raise
     finally:
         os.close(held)
@@ -68,7 +74,7 @@ def write_file(path: str | Path, data: bytes) -> None:
             raise
         finally:
             os.close(fd)
-        _sync(path.parent)
+        sync(path.parent)
 
 
 class Lock:
@@ -82,23 +88,35 @@ class Lock:
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = self._acquire()
-            holder = {
-                "pid": os.getpid(),
-                "started": datetime.now(UTC).isoformat(timespec="seconds"),
-                "command": " ".join(sys.argv)[:200],
-            }
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps(holder).encode(), 0)
+            try:
+                self._sign(self._fd)
+            except BaseException:
+                self._release()
+                raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._fd is not None:
-            with contextlib.suppress(OSError):
+        self._release()
+
+    def _release(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is None:
+            return
+        with contextlib.suppress(OSError):
+            if _names(self.path, fd):  # another's, if somebody removed ours
                 os.unlink(self.path)  # before the lock goes: whoever waits sees that the file it opened has no name
-            os.close(self._fd)
-            self._fd = None
+        os.close(fd)
+
+    def _sign(self, fd: int) -> None:
+        holder = {
+            "pid": os.getpid(),
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "command": " ".join(sys.argv)[:200],
+        }
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, json.dumps(holder).encode(), 0)
 
     def _acquire(self) -> int:
         while True:
@@ -167,11 +185,12 @@ def _sweep(out: Path) -> None:
 def _sync_tree(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in files:
-            _sync(Path(root, name))
-        _sync(Path(root))
+            sync(Path(root, name))
+        sync(Path(root))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

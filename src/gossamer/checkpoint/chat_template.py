@@ -76,6 +76,9 @@ class _Worker:
         self._send(len(request).to_bytes(4, "big") + request, deadline)
         return self._receive(deadline)
 
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
     def stop(self) -> None:
         self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -130,9 +133,7 @@ class _Pool:
 
     def ask(self, request: bytes) -> dict[str, Any]:
         with self._places:
-            with self._guard:
-                worker = self._idle.pop() if self._idle else None
-            worker = worker or _Worker()
+            worker = self._take() or _Worker()
             try:
                 answer = worker.ask(request)
             except _LostError as lost:
@@ -144,6 +145,17 @@ class _Pool:
             with self._guard:
                 self._idle.append(worker)
             return answer
+
+    def _take(self) -> _Worker | None:
+        """An idle worker, if there is one; those that ended while idle (the system was short of memory) go."""
+        while True:
+            with self._guard:
+                if not self._idle:
+                    return None
+                worker = self._idle.pop()
+            if worker.runs():
+                return worker
+            worker.stop()
 
     def close(self) -> None:
         with self._guard:

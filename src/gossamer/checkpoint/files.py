@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import weakref
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ from ..errors import CorruptCheckpoint, ModelNotFound, UnsafeCheckpoint
 
 MAX_JSON = 16 << 20
 """Bytes of a config; the files that list tokens or tensors have limits of their own."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class RandomAccessFile:
@@ -68,9 +71,12 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 
 def inside(folder: Path, name: object) -> Path:
-    """The path of a file that a model folder names. Raises UnsafeCheckpoint if it would leave the folder."""
-    if not isinstance(name, str) or not name or "\0" in name or "\\" in name:
-        raise UnsafeCheckpoint(f"{folder}: {name!r} is not a file name")
+    """The path of a file that a model folder names, whether it is there or not.
+
+    Raises UnsafeCheckpoint if it would leave the folder, CorruptCheckpoint if no file can have this name.
+    """
+    if not isinstance(name, str) or not name or "\0" in name or "\\" in name or _SURROGATE.search(name):
+        raise UnsafeCheckpoint(f"{folder}: {str(name)[:200]!r} is not a file name")
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts:
         raise UnsafeCheckpoint(f"{folder}: {name!r} leaves the folder")
@@ -83,6 +89,12 @@ def inside(folder: Path, name: object) -> Path:
         raise UnsafeCheckpoint(
             f"{path}: a link to {target}, outside the folder", hint="copy the file into the folder if you trust it"
         )
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise CorruptCheckpoint(f"{folder}: {name[:200]!r}: {error.strerror}") from error
     return path
 
 
@@ -110,38 +122,63 @@ def read_text(path: Path, limit: int = MAX_JSON) -> str:
         raise CorruptCheckpoint(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
 
 
-def read_json(path: Path, limit: int = MAX_JSON) -> dict[str, Any]:
-    """A JSON object in a small file. Raises CorruptCheckpoint."""
-    return parse_object(read_text(path, limit), str(path))
+def read_json(path: Path, limit: int = MAX_JSON, *, most: int | None = None) -> dict[str, Any]:
+    """A JSON object in a small file, of at most `most` values. Raises CorruptCheckpoint."""
+    return parse_object(read_text(path, limit), str(path), most=most)
 
 
-def parse_object(text: str | bytes, where: str, *, unique: bool = False) -> dict[str, Any]:
-    """A JSON object from text; `unique` refuses a key that is given twice. Raises CorruptCheckpoint naming `where`."""
+def parse_object(text: str, where: str, *, unique: bool = False, most: int | None = None) -> dict[str, Any]:
+    """A JSON object from text; `unique` refuses a key that is given twice, `most` more values than that.
+
+    Raises CorruptCheckpoint naming `where`.
+    """
+    # Before parsing: a value takes two bytes of text and up to a hundred times as many of memory.
+    if most is not None and (values := text.count(",") + text.count(":")) > most:
+        raise CorruptCheckpoint(f"{where}: about {values} values, more than the {most} that are plausible")
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except (ValueError, RecursionError, MemoryError) as error:
         raise CorruptCheckpoint(f"{where}: not valid JSON: {str(error)[:200] or type(error).__name__}") from error
     if not isinstance(value, dict):
         raise CorruptCheckpoint(f"{where}: expected a JSON object, found {type(value).__name__}")
+    if _ESCAPED_SURROGATE.search(text):
+        _refuse_surrogates(value, where)
     return value
 
 
 def stamps(paths: Iterable[Path]) -> list[list[str | int]]:
-    """Path, size and time of change of each file: what a cached hash of them is filed under."""
+    """Path, identity, size and times of change of each file: what a cached hash of them is filed under.
+
+    The identity and the inode's own time are there because anyone can set the time of modification back.
+    """
     found: list[list[str | int]] = []
     for path in sorted({p.resolve() for p in paths}):
         status = path.stat()
-        found.append([str(path), status.st_size, status.st_mtime_ns])
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        found.append([str(path), status.st_dev, status.st_ino, status.st_size, *times])
     return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {twice!r} is given twice")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"key {name[:200]!r} is given twice")
+        result[name] = value
     return result
+
+
+def _refuse_surrogates(value: Any, where: str) -> None:
+    """Half a UTF-16 pair is a string to JSON, but can be neither a file's name nor written to any file."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, str) and _SURROGATE.search(item):
+            raise CorruptCheckpoint(f"{where}: {item[:200]!r} holds half of a surrogate pair, which is no character")
+        if isinstance(item, dict):
+            waiting += [*item, *item.values()]
+        elif isinstance(item, list):
+            waiting += item
 
 
 def _root(folder: Path) -> Path:

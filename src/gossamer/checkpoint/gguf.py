@@ -22,7 +22,7 @@ from ..errors import CorruptCheckpoint, KernelError, UnsupportedModel
 from ..formats import Dense, Format, Tensors
 from .base import Checkpoint, check_tensors, expected_shapes, parse_config, row_blocks
 from .files import RandomAccessFile
-from .gguf_header import GGUFTensor, read_header
+from .gguf_header import GGUFTensor, read_header, shown
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -83,8 +83,7 @@ class GGUFCheckpoint(Checkpoint):
         self._file = RandomAccessFile(path)
         self.metadata, raw = read_header(self._file)
         self._architecture = self._known_architecture()
-        for kind in {tensor.kind for tensor in raw.values()} - set(_FLOATS):
-            _sizes(kind)
+        self._check_kinds(raw)
         scaling = self._rope_factors(raw.pop(_ROPE_FREQS, None))
         tensors = {self._hf_name(gguf_name): tensor for gguf_name, tensor in raw.items()}
         self.dtype = _save_dtype(raw)
@@ -156,6 +155,16 @@ class GGUFCheckpoint(Checkpoint):
         for start, stop in row_blocks(0, tensor.nbytes, 1):
             yield self._file.read(tensor.offset + start, stop - start)
 
+    def _check_kinds(self, raw: dict[str, GGUFTensor]) -> None:
+        for name, tensor in raw.items():
+            if tensor.kind in _FLOATS:
+                continue
+            where = f"{self.path}: tensor {name!r} {list(tensor.shape)}"
+            if not _has_floats(tensor.kind):
+                raise UnsupportedModel(f"{where}: GGML type {tensor.kind} cannot be turned into floats")
+            if len(tensor.shape) == 1:
+                raise UnsupportedModel(f"{where}: a vector as {tensor.kind}", hint="supported: " + ", ".join(_FLOATS))
+
     def _known_architecture(self) -> str:
         architecture = self.metadata.text("general.architecture")
         if architecture is None:
@@ -217,7 +226,7 @@ class GGUFCheckpoint(Checkpoint):
         }
         for role in ("bos", "eos", "padding"):
             token = meta.integer(f"tokenizer.ggml.{role}_token_id")
-            if token is not None:
+            if token is not None and 0 <= token < embedding.shape[0]:  # 2^32 - 1 is how some say that there is none
                 config[f"{role.removesuffix('ding')}_token_id"] = token
         return config
 
@@ -225,25 +234,28 @@ class GGUFCheckpoint(Checkpoint):
         """An integer that may be given once or, all the same, for each layer."""
         value = self.metadata.values.get(key)
         if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-            different = set(value.tolist())
-            if len(different) != 1:
+            if not len(value) or value.min() != value.max():
                 raise UnsupportedModel(f"{self.path}: {key} differs between layers")
-            value = different.pop()
+            value = int(value[0])
         if value is None and default is not None:
             return default
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
-            raise CorruptCheckpoint(f"{self.path}: {key} is {str(value)[:80]!r}, expected a positive integer")
+            raise CorruptCheckpoint(f"{self.path}: {key} is {shown(value)}, expected a positive integer")
         return value
 
     def _rope(self, scaling: dict[str, Any] | None) -> dict[str, Any]:
-        meta, prefix = self.metadata, f"{self._architecture}.rope.scaling"
-        kind = meta.text(f"{prefix}.type", "none")
-        if kind in {"none", ""}:
+        """Rotary scaling as llama.cpp takes it: linear if no type is given, by the older key if no factor is."""
+        meta, prefix = self.metadata, f"{self._architecture}.rope"
+        kind = meta.text(f"{prefix}.scaling.type", "linear")
+        factor = meta.number(f"{prefix}.scaling.factor", meta.number(f"{prefix}.scale_linear", 0.0))
+        if kind == "none" or (kind == "linear" and factor in {0.0, 1.0}):
             return scaling or {}
-        factor = meta.number(f"{prefix}.factor", 1.0)
         if kind == "linear" and scaling is None:
             return {"rope_type": "linear", "factor": _short(factor)}
-        raise UnsupportedModel(f"{self.path}: rotary scaling {kind!r}", hint="supported in GGUF: linear, llama3")
+        twice = "" if scaling is None else f" by {factor} on top of {_ROPE_FREQS}"
+        raise UnsupportedModel(
+            f"{self.path}: rotary scaling {shown(kind)}{twice}", hint="supported in GGUF: linear, llama3"
+        )
 
     def _rope_factors(self, tensor: GGUFTensor | None) -> dict[str, Any] | None:
         """LLaMA 3's scaling, recognized by the factor of each frequency that it leaves in the file."""
@@ -295,15 +307,22 @@ def _short(value: float | None) -> float:
     return float(str(np.float32(0.0 if value is None else value)))
 
 
-@functools.cache
 def _sizes(kind: str) -> tuple[int, int]:
-    """Weights and bytes per block. Raises UnsupportedModel for a type that cannot be turned into floats."""
+    """Weights and bytes per block."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-    from gguf.quants import dequantize
 
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    try:
-        dequantize(np.zeros((1, size), np.uint8), GGMLQuantizationType[kind])
-    except NotImplementedError as error:
-        raise UnsupportedModel(f"GGML type {kind} cannot be turned into floats") from error
     return block, size
+
+
+@functools.cache
+def _has_floats(kind: str) -> bool:
+    """Whether the gguf package can turn blocks of this type into floats."""
+    from gguf.constants import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    try:
+        dequantize(np.zeros((1, _sizes(kind)[1]), np.uint8), GGMLQuantizationType[kind])
+    except NotImplementedError:
+        return False
+    return True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import reprlib
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +20,12 @@ from ..errors import CorruptCheckpoint, UnsupportedModel
 from .files import RandomAccessFile
 
 MAX_HEADER = 256 << 20
+MAX_PAIRS = 1 << 16
+MAX_TENSORS = 1 << 16
+MAX_STRINGS = 1 << 22
+"""In all arrays together: some times the largest vocabulary with its merges."""
+MAX_ARRAYS = 1 << 16
+"""In all arrays of arrays together."""
 MAX_DEPTH = 2
 MAX_DIMENSIONS = 4
 MAX_ALIGNMENT = 1 << 20
@@ -108,8 +115,13 @@ class Metadata:
         if value is None:
             return default
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not str and kind != (bool,)):
-            raise CorruptCheckpoint(f"{self._path}: {key} is {str(value)[:80]!r}, a {type(value).__name__}")
+            raise CorruptCheckpoint(f"{self._path}: {key} is {shown(value)}, a {type(value).__name__}")
         return value
+
+
+def shown(value: Any) -> str:
+    """A metadata value for a message: short, however long it is."""
+    return reprlib.repr(value)[:80]
 
 
 def read_header(file: RandomAccessFile) -> tuple[Metadata, dict[str, GGUFTensor]]:
@@ -122,7 +134,7 @@ def read_header(file: RandomAccessFile) -> tuple[Metadata, dict[str, GGUFTensor]
         raise UnsupportedModel(f"{file.path}: a big-endian GGUF file")
     if version not in {2, 3}:
         raise UnsupportedModel(f"{file.path}: GGUF version {version}", hint="versions 2 and 3 are read")
-    tensor_count, pair_count = cursor.count(24, "tensors"), cursor.count(13, "key-value pairs")
+    tensor_count, pair_count = cursor.count(24, "tensors", MAX_TENSORS), cursor.count(13, "pairs", MAX_PAIRS)
     values: dict[str, Any] = {}
     for _ in range(pair_count):
         key = cursor.string("a key")
@@ -140,6 +152,7 @@ class _Cursor:
     def __init__(self, file: RandomAccessFile) -> None:
         self._file, self._buffer, self.position = file, bytearray(), 0
         self._limit = min(file.size, MAX_HEADER)
+        self._strings_left, self._arrays_left = MAX_STRINGS, MAX_ARRAYS
 
     def take(self, count: int) -> bytes:
         end = self.position + count
@@ -160,9 +173,11 @@ class _Cursor:
     def u64(self) -> int:
         return int.from_bytes(self.take(8), "little")
 
-    def count(self, size: int, what: str) -> int:
-        """A count of things that take at least `size` bytes each."""
+    def count(self, size: int, what: str, most: int | None = None) -> int:
+        """A count of things that take at least `size` bytes each; `most` where each takes far more of memory."""
         count = self.u64()
+        if most is not None and count > most:
+            raise CorruptCheckpoint(f"{self._file.path}: {count} {what}, more than the {most} that are plausible")
         if count * size > self._limit - self.position:
             raise CorruptCheckpoint(
                 f"{self._file.path}: {count} {what}, but only {self._limit - self.position} bytes are left"
@@ -190,9 +205,13 @@ class _Cursor:
             raise CorruptCheckpoint(f"{self._file.path}: {key}: arrays nested more than {MAX_DEPTH} deep")
         kind = self.u32()
         if kind == _STRING:
-            return [self.string(key) for _ in range(self.count(8, f"strings in {key}"))]
+            count = self.count(8, f"strings in {key}", self._strings_left)
+            self._strings_left -= count
+            return [self.string(key) for _ in range(count)]
         if kind == _ARRAY:
-            return [self._array(key, depth + 1) for _ in range(self.count(12, f"arrays in {key}"))]
+            count = self.count(12, f"arrays in {key}", self._arrays_left)
+            self._arrays_left -= count
+            return [self._array(key, depth + 1) for _ in range(count)]
         dtype = self._scalar(kind, key)
         return np.frombuffer(self.take(self.count(dtype.itemsize, f"numbers in {key}") * dtype.itemsize), dtype)
 

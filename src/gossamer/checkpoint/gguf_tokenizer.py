@@ -86,17 +86,17 @@ def tokenizer_from_gguf(metadata: Metadata, vocab_size: int, path: Path) -> Toke
     named = [text or f"[EMPTY_{i}]" for i, text in enumerate(tokens)]
     types = _types(metadata, len(tokens), path)
     backend = builders[kind](metadata, named, types, path)
-    roles = _roles(metadata, named, path)
+    roles = _roles(metadata, named)
     pre = metadata.text("tokenizer.ggml.pre")
     add_bos = metadata.flag("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _LLAMA3_NAMES)
     with_template(backend, roles, bos=add_bos, eos=metadata.flag("tokenizer.ggml.add_eos_token", False))
     ends = [
         roles.get("eos"),
-        *(_token(metadata, f"tokenizer.ggml.{name}_token_id", named, path) for name in ("eot", "eom")),
+        *(_token(metadata, f"tokenizer.ggml.{name}_token_id", named) for name in ("eot", "eom")),
     ]
     return Tokenizer(
         backend,
-        SpecialTokens(roles, end_ids(backend, ends)),
+        SpecialTokens(roles, end_ids(backend, ends, vocab_size)),
         chat_template=metadata.text("tokenizer.chat_template"),
         config={"add_bos_token": add_bos and "bos" in roles},
         model_vocab_size=vocab_size,
@@ -153,19 +153,16 @@ def _types(metadata: Metadata, count: int, path: Path) -> list[int]:
     return listed
 
 
-def _roles(metadata: Metadata, tokens: list[str], path: Path) -> dict[str, str]:
+def _roles(metadata: Metadata, tokens: list[str]) -> dict[str, str]:
     keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    found = {role: _token(metadata, f"tokenizer.ggml.{key}_token_id", tokens, path) for role, key in keys.items()}
+    found = {role: _token(metadata, f"tokenizer.ggml.{key}_token_id", tokens) for role, key in keys.items()}
     return {role: text for role, text in found.items() if text is not None}
 
 
-def _token(metadata: Metadata, key: str, tokens: list[str], path: Path) -> str | None:
+def _token(metadata: Metadata, key: str, tokens: list[str]) -> str | None:
     number = metadata.integer(key)
-    if number is None:
-        return None
-    if not 0 <= number < len(tokens):
-        raise CorruptCheckpoint(f"{path}: {key} is {number}, but there are {len(tokens)} tokens")
-    return tokens[number]
+    # Converters write -1 (4294967295) for a token that is not there; llama.cpp too passes over such ids.
+    return None if number is None or not 0 <= number < len(tokens) else tokens[number]
 
 
 def _merge(text: str, path: Path) -> tuple[str, str]:

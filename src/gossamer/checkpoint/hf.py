@@ -17,11 +17,12 @@ import torch
 
 from ..errors import CorruptCheckpoint, ModelNotFound, ShapeMismatch, UnsupportedModel
 from ..formats import Dense, Format, Integer, Kind, Layout, layout_from_quantization_config
+from ..model.families import FAMILIES
 from . import pickle_io
 from .base import Checkpoint, check_tensors, expected_shapes, parse_config, row_blocks
 from .files import has, inside, read_json
-from .manifest import Manifest, read_manifest, verify_files
-from .safetensors_io import SafetensorsFile, TensorInfo, TensorSource
+from .manifest import FILE_NAME, Manifest, read_manifest, verify_files
+from .safetensors_io import MAX_VALUES, SafetensorsFile, TensorInfo, TensorSource
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -43,15 +44,37 @@ class HFCheckpoint(Checkpoint):
         manifest = read_manifest(folder)
         if manifest is not None:
             verify_files(folder, manifest)
-            self.manifest = manifest.model_dump(mode="json")
+            self.manifest = _dumped(manifest, folder)
         self._sources = _open_weights(folder, allow_pickle)
-        self.config = parse_config(self.hf_config, len(self._sources), folder / "config.json")
-        self._shapes = expected_shapes(self.config)
         self.dtype = self._float_dtype()
+        self._configure(self.hf_config)
+        if self.config.tie_embeddings and self._has_another_head():
+            # As transformers does: the config says that they are one, the file says otherwise and is believed.
+            self._configure({**self.hf_config, "tie_word_embeddings": False})
+        self.source_note = self._note(manifest)
+
+    def _configure(self, hf_config: dict[str, Any]) -> None:
+        """Take this config, and find every tensor that it asks for."""
+        self.hf_config = hf_config
+        self.config = parse_config(hf_config, len(self._sources), self.path / "config.json")
+        self._shapes = expected_shapes(self.config)
         self._stored_names: dict[str, dict[str, str]] = {}
         self._formats: dict[str, Format] = {}
         self._resolve(self._layout())
-        self.source_note = self._note(manifest)
+
+    def _has_another_head(self) -> bool:
+        """True if the file holds a head that is not the embedding, though the config ties them."""
+        family = FAMILIES[self.config.family]
+        embed, head = f"{family.embed}.weight", f"{family.head}.weight"
+        if head not in self._sources:
+            return False
+        info, shape = self._sources[head].info(head), self._shapes[embed]
+        if info.shape != shape or info.dtype not in _FLOATS:
+            return True
+        blocks = (slice(start, stop) for start, stop in row_blocks(0, shape[0], shape[1]))
+        return any(
+            not torch.equal(self._sources[head].read(head, rows).float(), self.tensor(embed, rows)) for rows in blocks
+        )
 
     def format(self, name: str) -> Format:
         self.shape(name)
@@ -184,7 +207,7 @@ class HFCheckpoint(Checkpoint):
         return dtype
 
     def _is_harmless(self, name: str) -> bool:
-        tied_copy = self.config.tie_embeddings and name == "lm_head.weight"
+        tied_copy = self.config.tie_embeddings and name == f"{FAMILIES[self.config.family].head}.weight"
         return tied_copy or _HARMLESS.search(name) is not None
 
     def _note(self, manifest: Manifest | None) -> str | None:
@@ -196,6 +219,13 @@ class HFCheckpoint(Checkpoint):
             return None
         form = packed.most_common(1)[0][0]
         return f"stored as {form.name}: already {form.bits}-bit"
+
+
+def _dumped(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    try:
+        return manifest.model_dump(mode="json")
+    except ValueError as error:  # pydantic writes what is nested some 250 deep, and reads what is deeper
+        raise CorruptCheckpoint(f"{folder / FILE_NAME}: values nested too deep to be written again") from error
 
 
 DERIVED = "made from a baseline "
@@ -253,7 +283,7 @@ def _open_weights(folder: Path, allow_pickle: bool) -> dict[str, TensorSource]:
 
 def _open_index(folder: Path, index: str, suffixes: tuple[str, ...]) -> dict[str, TensorSource]:
     where = inside(folder, index)
-    weight_map = read_json(where, MAX_INDEX).get("weight_map")
+    weight_map = read_json(where, MAX_INDEX, most=MAX_VALUES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpoint(f"{where}: weight_map is not an object of file names")
     shards: dict[str, TensorSource] = {}

@@ -28,8 +28,9 @@ def load_decoder(
 ) -> Decoder:
     """The checkpoint's Decoder, with its weights expanded to `dtype`, or `packed` as they are stored.
 
-    Packed: integer weights stay packed and bfloat16 ones stay bfloat16; all others, and every norm, are float32, which
-    is also the dtype of activations. Raises DoesNotFit before anything is allocated.
+    Packed: integer weights stay packed and bfloat16 ones stay bfloat16. Blocks that no kernel multiplies (those of a
+    GGUF file) become the float dtype that the checkpoint would be saved in. All others, and every norm, are float32,
+    which is also the dtype of activations. Raises DoesNotFit before anything is allocated.
     """
     dtype = torch.float32 if packed else dtype
     require_memory(
@@ -57,7 +58,8 @@ def resident_bytes(checkpoint: Checkpoint, dtype: torch.dtype, packed: bool) -> 
     for name in checkpoint.names():
         shape = checkpoint.shape(name)
         if packed and len(shape) == 2 and _stays_packed(checkpoint, name):
-            total += checkpoint.nbytes(name)
+            form = checkpoint.format(name)
+            total += (form if isinstance(form, Integer) else Dense(torch.bfloat16)).nbytes(shape)
         else:
             total += torch.Size(shape).numel() * dtype.itemsize
     return total
@@ -104,7 +106,8 @@ def _fill(decoder: Decoder, place: _Place, checkpoint: Checkpoint, dtype: torch.
 
 def _stays_packed(checkpoint: Checkpoint, name: str) -> bool:
     form = checkpoint.format(name)
-    return isinstance(form, Integer) or (isinstance(form, Dense) and form.dtype is torch.bfloat16)
+    held = form.dtype if isinstance(form, Dense) else checkpoint.dtype
+    return isinstance(form, Integer) or held is torch.bfloat16
 
 
 def _stored_module(checkpoint: Checkpoint, name: str, bias: Tensor | None, embedding: bool) -> nn.Module:

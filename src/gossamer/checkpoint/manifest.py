@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Base(_Strict):
-    """The checkpoint that the artifact was made from."""
-
-    name: str
-    fingerprint: str
-    note: str | None = None
-    """What a reader of its numbers must know, such as "stored as Q4_1 (GGUF): already 4-bit"."""
-
-
 class Calibration(_Strict):
     """The text that statistics were taken from."""
 
@@ -46,6 +38,17 @@ class Calibration(_Strict):
     line_hashes: list[str] = []
     """Of each line of the text, so that an evaluation on the same lines is refused."""
     details: dict[str, Any] = {}
+
+
+class Base(_Strict):
+    """The checkpoint that the artifact was made from."""
+
+    name: str
+    fingerprint: str
+    note: str | None = None
+    """What a reader of its numbers must know, such as "stored as Q4_1 (GGUF): already 4-bit"."""
+    calibrations: list[Calibration] = []
+    """Texts that shaped it already, if it is an artifact itself: what is made from it must not be judged on them."""
 
 
 class Manifest(_Strict):
@@ -63,6 +66,15 @@ class Manifest(_Strict):
     results: dict[str, Any] = {}
     formats: dict[str, Any] = {}
     """What config.json cannot say about how weights are stored."""
+
+
+def base_of(name: str, fingerprint: str, note: str | None, manifest: Mapping[str, Any] | None) -> Base:
+    """The Base that a checkpoint is for what is made from it; a local path becomes its last part."""
+    before = Manifest.model_validate(manifest) if manifest else None
+    known = [] if before is None else [*before.base.calibrations, *([before.calibration] if before.calibration else [])]
+    unique = {calibration.sha256: calibration for calibration in known}
+    local = Path(name).resolve().name if os.path.exists(name) else name
+    return Base(name=local, fingerprint=fingerprint, note=note, calibrations=list(unique.values()))
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -119,7 +131,7 @@ def sha256(path: Path) -> str:
 
 
 def cached_hash(kind: str, paths: list[Path], compute: Any) -> str:
-    """`compute()`, remembered in the cache for as long as path, size and time of change of all these files stay."""
+    """`compute()`, remembered in the cache for as long as all these files keep their `stamps`."""
     key = hashlib.sha256(json.dumps([kind, stamps(paths)]).encode()).hexdigest()
     try:
         entry = settings.cache_dir("fingerprints") / key

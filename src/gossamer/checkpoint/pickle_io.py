@@ -40,6 +40,11 @@ class PickleFile:
         for name, value in content.items():
             if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
                 raise CorruptCheckpoint(f"{path}: entry {name!r} is not a named dense tensor")
+            claimed, held = value.numel() * value.itemsize, value.untyped_storage().nbytes()
+            if value.device.type != "cpu" or claimed > held:  # strides of 0, or no storage at all
+                raise CorruptCheckpoint(
+                    f"{path}: tensor {name!r} {list(value.shape)} takes {claimed} bytes, but only {held} are stored"
+                )
             self._tensors[name] = value
 
     def _load(self, *, mmap: bool) -> object:

@@ -23,6 +23,10 @@ from .atomic import disk_errors
 from .files import RandomAccessFile, byte_view, parse_object
 
 MAX_HEADER = 100_000_000
+MAX_TENSORS = 1 << 17
+"""In one file; the largest mixtures of experts have some 100,000 in all their files."""
+MAX_VALUES = 12 * MAX_TENSORS
+"""JSON values of a header or an index: a tensor's entry is about nine."""
 MAX_DIMENSIONS = 16
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -109,11 +113,21 @@ class SafetensorsFile:
         # A tensor's entry takes 40 bytes or more and opens three brackets: more of them is a bomb, not a header.
         if 12 * (raw.count(b"[") + raw.count(b"{")) > length + 64:
             raise CorruptCheckpoint(f"{self.path}: a header of brackets, not of tensors")
-        header = parse_object(raw, f"{self.path}: header", unique=True)
+        header = parse_object(self._decoded(raw), f"{self.path}: header", unique=True, most=MAX_VALUES)
         self.metadata = self._check_metadata(header.pop("__metadata__", {}))
+        if len(header) > MAX_TENSORS:
+            raise CorruptCheckpoint(
+                f"{self.path}: {len(header)} tensors, more than the {MAX_TENSORS} that are plausible"
+            )
         tensors = {name: self._check_entry(name, entry, 8 + length) for name, entry in header.items()}
         self._check_cover(tensors, 8 + length)
         return tensors
+
+    def _decoded(self, raw: bytes) -> str:
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise CorruptCheckpoint(f"{self.path}: header: not UTF-8: {error.reason} at byte {error.start}") from error
 
     def _check_metadata(self, metadata: Any) -> dict[str, str]:
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

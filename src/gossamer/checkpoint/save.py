@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -19,13 +21,17 @@ from .atomic import Lock, atomic_folder, write_file
 from .base import Checkpoint, row_blocks
 from .files import has, inside, read_json
 from .hf import HFCheckpoint, read_blocks
-from .manifest import Base, Manifest, hash_files, write_manifest
+from .manifest import Manifest, base_of, hash_files, write_manifest
 from .safetensors_io import Entry, write_safetensors
 
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""progress(label, done, total)."""
 SHARD_BYTES = 5 * 10**9
 
 
-def save_folder(checkpoint: Checkpoint, out: str | Path, *, shard_bytes: int = SHARD_BYTES) -> Path:
+def save_folder(
+    checkpoint: Checkpoint, out: str | Path, *, shard_bytes: int = SHARD_BYTES, progress: Progress | None = None
+) -> Path:
     """Write config, weights, tokenizer and gossamer.json; transformers loads the result. Same bytes for the same input.
 
     Raises OutputExists, OutputLocked, DoesNotFit.
@@ -36,9 +42,22 @@ def save_folder(checkpoint: Checkpoint, out: str | Path, *, shard_bytes: int = S
     with Lock(out), atomic_folder(out) as folder:
         write_config(folder, checkpoint.hf_config)
         write_companions(folder, checkpoint)
-        write_weights(folder, [e for name in checkpoint.names() for e in entries(checkpoint, name)], shard_bytes)
+        tensors = [e for name in checkpoint.names() for e in entries(checkpoint, name)]
+        write_weights(folder, tensors if progress is None else told(tensors, progress), shard_bytes)
         write_manifest(folder, _manifest(checkpoint, hash_files(folder)))
     return out
+
+
+def told(tensors: Sequence[Entry], progress: Progress) -> list[Entry]:
+    """The same tensors, each of which calls `progress("writing", done, total)` when it has been written."""
+
+    written = count(1)  # a file has an order of its own
+
+    def chunks(entry: Entry) -> Iterator[torch.Tensor]:
+        yield from entry.chunks()
+        progress("writing", next(written), len(tensors))
+
+    return [entry._replace(chunks=partial(chunks, entry)) for entry in tensors]
 
 
 def entries(checkpoint: Checkpoint, name: str) -> list[Entry]:
@@ -107,7 +126,7 @@ def versions() -> dict[str, str]:
 def _manifest(checkpoint: Checkpoint, files: dict[str, str]) -> Manifest:
     if checkpoint.manifest is not None:  # a copy of an artifact is still made from what the artifact was made from
         return Manifest.model_validate({**checkpoint.manifest, "files": files})
-    base = Base(name=checkpoint.name, fingerprint=checkpoint.fingerprint(), note=checkpoint.source_note)
+    base = base_of(checkpoint.name, checkpoint.fingerprint(), checkpoint.source_note, None)
     return Manifest(base=base, versions=versions(), files=files)
 
 

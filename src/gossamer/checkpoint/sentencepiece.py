@@ -8,17 +8,28 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ..errors import TokenizerError
 from .tokenizer import guarded_backend
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+MAX_MODEL = 32 << 20
+"""Bytes of a tokenizer.model; those of the largest vocabularies, of 256,000 tokens, have 4 to 5 million."""
+MAX_PIECES = 1 << 20
+MAX_WORK = 1 << 27
+"""Characters to look at for the merges of a BPE vocabulary, the square of each token's length: some seconds. At
+256,000 tokens, more than any vocabulary has, it allows a mean length of 22, and single tokens of thousands."""
+MAX_MERGES = 1 << 21
+"""LLaMA's 32,000 tokens have 61,000 merges."""
+MAX_UNIGRAM = 1 << 22
+"""Bytes of text in a unigram vocabulary, each of which takes the tokenizer's search tree some 300 bytes of memory."""
 _SPACE = "\u2581"
+_NEVER_MERGED = frozenset({BYTE, CONTROL, UNKNOWN})
 
 
 @dataclass(frozen=True)
@@ -30,7 +41,9 @@ class Pieces:
     types: Sequence[int]
     unigram: bool = False
     space_prefix: bool = True
-    """A text starts as if a space stood before it."""
+    """A text starts as if a space stood before it, and so does the text after each token that was added."""
+    prefix_once: bool = False
+    """Only a text as a whole does (transformers' `legacy: false`); a space that it starts with is that space."""
     squeeze: bool = False
     """Several spaces count as one."""
     charsmap: bytes = b""
@@ -39,33 +52,55 @@ class Pieces:
 
 def backend_from_pieces(pieces: Pieces, where: str) -> tokenizers.Tokenizer:
     """The tokenizer of this vocabulary. Raises TokenizerError."""
+    _check_size(pieces, where)
     if len(set(pieces.texts)) != len(pieces.texts):
         raise TokenizerError(f"{where}: two tokens of the vocabulary have the same text")
     return guarded_backend(lambda: _build(pieces), where)
 
 
-def backend_from_model(data: bytes, path: Path) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.model file. Raises TokenizerError."""
+def backend_from_model(data: bytes, path: Path, *, prefix_once: bool = False) -> tokenizers.Tokenizer:
+    """The tokenizer of a tokenizer.model file; `prefix_once` is not said there. Raises TokenizerError."""
     try:
         pieces = _parse(data)
     except (ValueError, IndexError, struct.error) as error:
         raise TokenizerError(
             f"{path}: not a SentencePiece model: {error}", hint="a folder with tokenizer.json needs no tokenizer.model"
         ) from error
-    return backend_from_pieces(pieces, str(path))
+    return backend_from_pieces(replace(pieces, prefix_once=prefix_once), str(path))
 
 
 def merges(texts: Sequence[str], scores: Sequence[float], types: Sequence[int]) -> list[tuple[str, str]]:
-    """The merges that a SentencePiece BPE makes, in its order: by falling score of the result."""
-    ids = {text: number for number, text in enumerate(texts) if types[number] not in {BYTE, CONTROL, UNKNOWN}}
+    """The merges that a SentencePiece BPE makes, in its order: by falling score of the result. Raises ValueError."""
+    ids = {text: number for number, text in enumerate(texts) if types[number] not in _NEVER_MERGED}
     found: list[tuple[float, str, str]] = []
     for text, number in ids.items():
+        rank = -scores[number]
         for cut in range(1, len(text)):
-            left, right = text[:cut], text[cut:]
-            if left in ids and right in ids:
-                found.append((-scores[number], left, right))
+            left, right = ids.get(text[:cut]), ids.get(text[cut:])
+            if left is not None and right is not None:
+                found.append((rank, texts[left], texts[right]))  # the vocabulary's own strings, not copies of parts
+        if len(found) > MAX_MERGES:
+            raise ValueError(f"more than {MAX_MERGES} merges in a vocabulary of {len(texts)} tokens")
     found.sort(key=lambda merge: (merge[0], -len(merge[1])))
     return [(left, right) for _, left, right in found]
+
+
+def _check_size(pieces: Pieces, where: str) -> None:
+    """Refuse a vocabulary that would take hours or all memory."""
+    excess = None
+    if len(pieces.texts) > MAX_PIECES:
+        excess = f"{len(pieces.texts)} tokens, more than {MAX_PIECES}"
+    elif pieces.unigram:
+        size = sum(len(text.encode()) for text in pieces.texts)
+        if size > MAX_UNIGRAM:
+            excess = f"{size} bytes of text in a unigram vocabulary, more than {MAX_UNIGRAM}"
+    else:
+        lengths = [len(t) for t, kind in zip(pieces.texts, pieces.types, strict=True) if kind not in _NEVER_MERGED]
+        work = sum(length * length for length in lengths)
+        if work > MAX_WORK:
+            excess = f"tokens of up to {max(lengths)} characters, whose squares add up to {work}, more than {MAX_WORK}"
+    if excess:
+        raise TokenizerError(f"{where}: {excess}", hint="no real vocabulary is so large: fetch or convert it again")
 
 
 def _build(pieces: Pieces) -> tokenizers.Tokenizer:
@@ -85,6 +120,8 @@ def _build(pieces: Pieces) -> tokenizers.Tokenizer:
         )
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = _normalizer(pieces)
+    if pieces.space_prefix and pieces.prefix_once:  # a normalizer cannot tell where in the text it is
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme="first", split=False)
     backend.decoder = decoders.Sequence(
         [
             decoders.Replace(_SPACE, " "),
@@ -110,7 +147,7 @@ def _normalizer(pieces: Pieces) -> normalizers.Normalizer:
         steps.append(normalizers.Precompiled(pieces.charsmap))
     if pieces.squeeze:
         steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if pieces.space_prefix:
+    if pieces.space_prefix and not pieces.prefix_once:
         steps.append(normalizers.Prepend(_SPACE))
     return normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
 
@@ -127,8 +164,10 @@ def _parse(data: bytes) -> Pieces:
             continue
         if not isinstance(value, bytes):
             raise ValueError(f"field {number} is not a message")
-        message = dict(_fields(value))
+        message = {key: part for key, part in _fields(value) if key <= 4}
         if number == 1:
+            if len(texts) == MAX_PIECES:
+                raise ValueError(f"more than {MAX_PIECES} pieces")
             texts.append(_bytes(message.get(1, b"")).decode("utf-8"))
             scores.append(struct.unpack("<f", _bytes(message.get(2, bytes(4))))[0])
             types.append(_number(message.get(3, NORMAL)))

@@ -1,13 +1,14 @@
 """Text to token ids and back, over the `tokenizers` library. Knows no model and no file format but tokenizer.json.
 
-Where a folder has no tokenizer.json it is built: from a SentencePiece `tokenizer.model`, read here, or from older
-vocabulary files, by transformers. No code from the folder is run. Chat templates run in a process of their own
-(`chat_template.py`).
+Where a folder has no tokenizer.json it is built: from a SentencePiece `tokenizer.model`, read here with the tokens that
+other files add to it, or from older vocabulary files, by transformers. No code from the folder is run. Chat templates
+run in a process of their own (`chat_template.py`).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -204,47 +205,73 @@ class TokenStream:
 
 def tokenizer_from_folder(folder: Path, hf_config: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a Hugging Face folder. Raises TokenizerError, UnsafeCheckpoint, CorruptCheckpoint."""
-    config = read_json(inside(folder, "tokenizer_config.json")) if has(folder, "tokenizer_config.json") else {}
+    config = _optional_json(folder, "tokenizer_config.json")
     if config.get("auto_map") and not any(has(folder, name) for name in ("tokenizer.json", "tokenizer.model")):
         raise UnsafeCheckpoint(f"{folder}: its tokenizer is Python code (auto_map), which is never run")
-    backend = _backend(folder)
-    roles = _roles(folder, config, hf_config, backend)
-    generation = read_json(inside(folder, "generation_config.json")) if has(folder, "generation_config.json") else {}
+    older = _optional_json(folder, "special_tokens_map.json")
+    backend = _backend(folder, config, older)
+    roles = _roles(folder, config, older, hf_config, backend)
+    generation = _optional_json(folder, "generation_config.json")
     ends = [roles.get("eos"), *_ids(generation.get("eos_token_id")), *_ids(hf_config.get("eos_token_id"))]
-    vocabulary = hf_config.get("vocab_size")
+    rows = hf_config.get("vocab_size")
+    vocab_size = rows if isinstance(rows, int) else None
     if has(folder, "tokenizer.model") and not has(folder, "tokenizer.json"):
         backend = _with_bos(backend, config, roles)  # tokenizer.json says it itself, whatever the flags
     return Tokenizer(
         backend,
-        SpecialTokens(roles, end_ids(backend, ends)),
+        SpecialTokens(roles, end_ids(backend, ends, vocab_size)),
         chat_template=_chat_template(folder, config),
         config=_portable(config, has(folder, "tokenizer.json")),
-        model_vocab_size=vocabulary if isinstance(vocabulary, int) else None,
+        model_vocab_size=vocab_size,
     )
 
 
-def end_ids(backend: tokenizers.Tokenizer, ends: Iterable[str | int | None]) -> frozenset[int]:
-    """Ids of these tokens (by text or id) and of every special token that ends a turn."""
+def end_ids(
+    backend: tokenizers.Tokenizer, ends: Iterable[str | int | None], vocab_size: int | None = None
+) -> frozenset[int]:
+    """Ids of these tokens (by text or id) and of every special token that ends a turn, as far as the model has them.
+
+    An id from `vocab_size` on is one that the model cannot give and whose logit does not exist.
+    """
     special = {token.content: number for number, token in backend.get_added_tokens_decoder().items() if token.special}
     ids = {backend.token_to_id(end) if isinstance(end, str) else end for end in ends}
     ids |= {special.get(name) for name in END_OF_TURN}
-    return frozenset(number for number in ids if number is not None)
+    return frozenset(
+        number for number in ids if number is not None and (vocab_size is None or 0 <= number < vocab_size)
+    )
 
 
 def with_template(
     backend: tokenizers.Tokenizer, roles: Mapping[str, str], *, bos: bool, eos: bool
 ) -> tokenizers.Tokenizer:
-    """Make `encode` put the start token before a text and the end token after it, or neither."""
+    """Make `encode` put the start token before a text and the end token after it, or neither. Raises TokenizerError."""
     before = [roles["bos"]] if bos and "bos" in roles else []
     after = [roles["eos"]] if eos and "eos" in roles else []
-    if not before and not after:
-        return backend
-    backend.post_processor = tokenizers.processors.TemplateProcessing(
-        single=[*before, "$A:0", *after],
-        pair=[*before, "$A:0", *after, *(f"{text}:1" for text in before), "$B:1", *(f"{text}:1" for text in after)],
-        special_tokens=[(text, backend.token_to_id(text)) for text in {*before, *after}],
-    )
+    if before or after:
+        _guarded(
+            lambda: setattr(backend, "post_processor", _around(backend, before, after)),
+            f"cannot put {before} before a text and {after} after it",
+        )
     return backend
+
+
+def _around(
+    backend: tokenizers.Tokenizer, before: list[str], after: list[str]
+) -> tokenizers.processors.TemplateProcessing:
+    """What puts these tokens around a text."""
+
+    def part(name: str, kind: int) -> list[dict[str, Any]]:
+        text = {"Sequence": {"id": name, "type_id": kind}}
+        first, last = ([{"SpecialToken": {"id": token, "type_id": kind}} for token in side] for side in (before, after))
+        return [*first, text, *last]
+
+    # The constructor's grammar gives `$` and `:` in a token a meaning, and other ids than the tokens' own texts would
+    # mislead readers of tokenizer.json (llama.cpp's converter). The form that tokenizer.json has knows no grammar.
+    template = tokenizers.processors.TemplateProcessing()
+    special = {t: {"id": t, "ids": [backend.token_to_id(t)], "tokens": [t]} for t in {*before, *after}}
+    said = {"single": part("A", 0), "pair": part("A", 0) + part("B", 1), "special_tokens": special}
+    template.__setstate__(json.dumps({"type": "TemplateProcessing", **said}).encode())
+    return template
 
 
 def guarded_backend(build: Callable[[], tokenizers.Tokenizer], where: str) -> tokenizers.Tokenizer:
@@ -253,16 +280,17 @@ def guarded_backend(build: Callable[[], tokenizers.Tokenizer], where: str) -> to
     return backend
 
 
-def _backend(folder: Path) -> tokenizers.Tokenizer:
+def _backend(folder: Path, config: Mapping[str, Any], older: Mapping[str, Any]) -> tokenizers.Tokenizer:
     if has(folder, "tokenizer.json"):
         path = inside(folder, "tokenizer.json")
         text = read_text(path, MAX_TOKENIZER)
         return guarded_backend(lambda: tokenizers.Tokenizer.from_str(text), str(path))
     if has(folder, "tokenizer.model"):
-        from .sentencepiece import backend_from_model
+        from .sentencepiece import MAX_MODEL, backend_from_model
 
         path = inside(folder, "tokenizer.model")
-        return backend_from_model(read_limited(path, MAX_TOKENIZER), path)
+        backend = backend_from_model(read_limited(path, MAX_MODEL), path, prefix_once=config.get("legacy") is False)
+        return _with_added_tokens(backend, folder, config, older)
     if has(folder, "vocab.json"):
         return _converted(folder)
     raise TokenizerError(
@@ -285,18 +313,71 @@ def _converted(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
+def _with_added_tokens(
+    backend: tokenizers.Tokenizer, folder: Path, config: Mapping[str, Any], older: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
+    """The tokens that were added to a SentencePiece model after it was made: its file does not have them."""
+    added = sorted(_added_tokens(folder, config, older).items())
+    _guarded(lambda: backend.add_tokens([_added(row) for _, row in added]), f"{folder}: cannot add tokens")
+    for number, row in added:
+        found = backend.token_to_id(row["content"])
+        if found != number:
+            raise TokenizerError(
+                f"{folder}: the added token {row['content'][:80]!r} has id {number}, but its place is {found}",
+                hint="ids of added tokens go on from the last one of tokenizer.model, without a gap",
+            )
+    return backend
+
+
+def _added_tokens(folder: Path, config: Mapping[str, Any], older: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Id -> what is said of that token; tokenizer_config.json says more than added_tokens.json, and wins."""
+    named = _special_texts(config) | _special_texts(older)
+    added: dict[int, dict[str, Any]] = {}
+    for text, number in _optional_json(folder, "added_tokens.json").items():
+        if not _ids([number]):
+            raise TokenizerError(f"{folder}/added_tokens.json: {text[:80]!r} has id {str(number)[:80]!r}")
+        added[number] = {"content": text, "special": text in named}
+    decoder = config.get("added_tokens_decoder") or {}
+    where = f"{folder}/tokenizer_config.json: added_tokens_decoder"
+    if not isinstance(decoder, dict):
+        raise TokenizerError(f"{where} is a {type(decoder).__name__}, not an object")
+    for key, row in decoder.items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+            raise TokenizerError(f"{where}: {key[:80]!r} is not a token id")
+        if not (isinstance(row, dict) and isinstance(row.get("content"), str)):
+            raise TokenizerError(f"{where}: {key} is {str(row)[:80]!r}, not a token")
+        added[int(key)] = {**row, "special": row.get("special") is True or row["content"] in named}
+    return added
+
+
+def _added(row: Mapping[str, Any]) -> tokenizers.AddedToken:
+    # A normalized token would be met only at the start of a text: there alone the normalizer puts its mark of a space.
+    flags = {name: row.get(name) is True for name in ("special", "lstrip", "rstrip", "single_word")}
+    return tokenizers.AddedToken(row["content"], normalized=False, **flags)
+
+
+def _special_texts(config: Mapping[str, Any]) -> set[str]:
+    """The tokens that a config calls special, by role or in a list."""
+    lists = [config.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
+    rows = itertools.chain((config.get(f"{role}_token") for role in ROLES), *(x for x in lists if isinstance(x, list)))
+    return {text for text in map(_content, rows) if isinstance(text, str)}
+
+
 def _roles(
-    folder: Path, config: Mapping[str, Any], hf_config: Mapping[str, Any], backend: tokenizers.Tokenizer
+    folder: Path,
+    config: Mapping[str, Any],
+    older: Mapping[str, Any],
+    hf_config: Mapping[str, Any],
+    backend: tokenizers.Tokenizer,
 ) -> dict[str, str]:
     """Role -> token, from the tokenizer's config, the older map, or the ids in config.json."""
-    older = read_json(inside(folder, "special_tokens_map.json")) if has(folder, "special_tokens_map.json") else {}
     roles: dict[str, str] = {}
     for role in ROLES:
         said = config.get(f"{role}_token", older.get(f"{role}_token"))
         if said is None and not config:
             ids = _ids(hf_config.get(f"{role}_token_id"))
             said = backend.id_to_token(ids[0]) if ids else None
-        text = said.get("content") if isinstance(said, dict) else said
+        text = _content(said)
         if text is None:
             continue
         if not isinstance(text, str):
@@ -319,8 +400,8 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         return read_text(inside(folder, "chat_template.jinja"), MAX_TEMPLATE)
     template = config.get("chat_template")
     if isinstance(template, list):
-        named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
-        template = named.get("default")
+        named = [(row.get("name"), row.get("template")) for row in template if isinstance(row, dict)]
+        template = dict(row for row in named if all(isinstance(part, str) for part in row)).get("default")
     if template is not None and not isinstance(template, str):
         raise TokenizerError(f"{folder}: chat_template is a {type(template).__name__}, not text")
     return template
@@ -331,6 +412,15 @@ def _portable(config: Mapping[str, Any], has_json: bool) -> dict[str, Any]:
     if config.get("auto_map") or not has_json:
         return {key: value for key, value in config.items() if key != "tokenizer_class"}
     return dict(config)
+
+
+def _optional_json(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(inside(folder, name)) if has(folder, name) else {}
+
+
+def _content(said: Any) -> Any:
+    """The text of a token, which configs give plainly or with its flags."""
+    return said.get("content") if isinstance(said, dict) else said
 
 
 def _ids(value: Any) -> Sequence[int]:

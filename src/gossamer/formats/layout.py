@@ -5,7 +5,7 @@ Both directions: the resolver for reading a folder, and the config for writing o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import regex
@@ -19,29 +19,39 @@ from .integer import Integer
 Kind = Literal["linear", "embedding"]
 Layout = Callable[[str, Kind], Format]
 """Module name and kind -> format of its weight."""
+_CLASSES = {"linear": ("Linear", "Module"), "embedding": ("Embedding", "Module")}
+"""Names of a module's torch classes that a target may give."""
 
 
 def layout_from_quantization_config(config: Mapping[str, Any] | None, dense: torch.dtype) -> Layout:
-    """Resolver for a quantization_config (None: all dense). Raises UnsupportedModel or CorruptCheckpoint."""
+    """Resolver for a quantization_config (None: all dense). Raises UnsupportedModel or CorruptCheckpoint.
+
+    As in compressed-tensors, a group that names a module wins over one with a pattern for it, that over one for its
+    class, and of two patterns the first in the alphabet; the order of the groups counts only for equal targets.
+    """
     if config is None:
         return lambda module, kind: Dense(dense)
     method = config.get("quant_method")
     if method != "compressed-tensors":
         raise UnsupportedModel(
-            f"config.json: quant_method {method!r} is not supported", hint="supported: compressed-tensors"
+            f"config.json: quant_method {method!r:.80} is not supported", hint="supported: compressed-tensors"
         )
+    _refuse_transforms(config)
     groups = config.get("config_groups")
-    ignore = config.get("ignore") or []
-    if not isinstance(groups, dict) or not isinstance(ignore, list):
-        raise CorruptCheckpoint("config.json: quantization_config needs config_groups (object) and ignore (list)")
-    rules = [(_targets(name, g), _integer(name, g, config)) for name, g in groups.items()]
+    if not isinstance(groups, dict):
+        raise CorruptCheckpoint("config.json: quantization_config.config_groups is not an object")
+    ignored = _matcher(_targets("ignore", [] if config.get("ignore") is None else config["ignore"]))
+    rules: dict[str, Format] = {}
+    for name, group in groups.items():
+        if not isinstance(group, dict):
+            raise CorruptCheckpoint(f"config.json: quantization_config.config_groups.{name} is not an object")
+        form = _integer(name, group, config)
+        rules |= dict.fromkeys(_targets(f"config_groups.{name}.targets", group.get("targets")), form)
+    targeted = _matcher(rules)
 
     def resolve(module: str, kind: Kind) -> Format:
-        if not _matches(ignore, module, kind):
-            for targets, form in rules:
-                if _matches(targets, module, kind):
-                    return form
-        return Dense(dense)
+        target = targeted(module, kind) if ignored(module, kind) is None else None
+        return Dense(dense) if target is None else rules[target]
 
     return resolve
 
@@ -88,10 +98,25 @@ def quantization_config(formats: Mapping[str, Format], kinds: Mapping[str, Kind]
     }
 
 
-def _targets(name: str, group: Any) -> list[str]:
-    targets = group.get("targets") if isinstance(group, dict) else None
+def _refuse_transforms(config: Mapping[str, Any]) -> None:
+    """Whatever else the config says must be done to a weight before it is what the model multiplies by."""
+    transform, sparsity = config.get("transform_config"), config.get("sparsity_config")
+    if transform not in (None, {}, {"config_groups": {}}):
+        raise UnsupportedModel(
+            "config.json: quantization_config.transform_config: rotations while the model runs are not supported",
+            hint="take a version of the model whose rotations are merged into its weights, or that has none",
+        )
+    dense = isinstance(sparsity, dict) and sparsity.get("format") == "dense"  # zeros are stored like other weights
+    if sparsity not in (None, {}) and not dense:
+        raise UnsupportedModel(
+            "config.json: quantization_config.sparsity_config: weights stored without their zeros are not supported",
+            hint="take a version of the model whose sparsity_config is empty or of format 'dense'",
+        )
+
+
+def _targets(where: str, targets: Any) -> list[str]:
     if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise CorruptCheckpoint(f"config.json: quantization_config.config_groups.{name}.targets is not a list of names")
+        raise CorruptCheckpoint(f"config.json: quantization_config.{where} is not a list of names")
     return targets
 
 
@@ -100,25 +125,39 @@ def _integer(name: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> 
     weights = group.get("weights")
     form = group.get("format") or config.get("format")
     if form != "pack-quantized" or not isinstance(weights, dict) or weights.get("type", "int") != "int":
-        raise UnsupportedModel(f"{where}: format {form!r} is not supported", hint="supported: pack-quantized integers")
-    if group.get("input_activations") is not None:
+        raise UnsupportedModel(
+            f"{where}: format {form!r:.80} is not supported", hint="supported: pack-quantized integers"
+        )
+    if group.get("input_activations") is not None or group.get("output_activations") is not None:
         raise UnsupportedModel(f"{where}: quantized activations are not supported yet")
-    if weights.get("actorder") == "group":
+    if weights.get("actorder") in ("group", "dynamic", True):
         raise UnsupportedModel(f"{where}: actorder 'group' (columns in another order) is not supported yet")
     bits, strategy, group_size = weights.get("num_bits"), weights.get("strategy"), weights.get("group_size")
+    symmetric = weights.get("symmetric", True)
+    if not isinstance(strategy, str | None) or not isinstance(symmetric, bool):
+        found = f"strategy {strategy!r:.80} and symmetric {symmetric!r:.80}"
+        raise CorruptCheckpoint(f"{where}.weights: {found} are not a name and a boolean")
     if not isinstance(bits, int) or not 2 <= bits <= 8 or strategy not in {"group", "channel"}:
-        raise UnsupportedModel(f"{where}: num_bits {bits!r} with strategy {strategy!r} is not supported")
-    if strategy == "group" and (not isinstance(group_size, int) or group_size < 1):
-        raise CorruptCheckpoint(f"{where}: group_size is {group_size!r}")
-    return Integer(bits, group_size if strategy == "group" else None, bool(weights.get("symmetric", True)))
+        raise UnsupportedModel(f"{where}: num_bits {bits!r:.80} with strategy {strategy!r:.80} is not supported")
+    if strategy == "group" and (type(group_size) is not int or group_size < 1):
+        raise CorruptCheckpoint(f"{where}: group_size is {group_size!r:.80}")
+    return Integer(bits, group_size if strategy == "group" else None, symmetric)
 
 
-def _matches(targets: list[str], module: str, kind: Kind) -> bool:
-    class_name = "Linear" if kind == "linear" else "Embedding"
-    return any(
-        _pattern_matches(t.removeprefix("re:"), module) if t.startswith("re:") else t in {module, class_name}
-        for t in targets
-    )
+def _matcher(targets: Iterable[str]) -> Callable[[str, Kind], str | None]:
+    """Module name and kind -> the target that says most exactly that it means this module, or None."""
+    known = frozenset(targets)
+    patterns = sorted(target for target in known if target.startswith("re:"))
+
+    def match(module: str, kind: Kind) -> str | None:
+        if module in known:
+            return module
+        for pattern in patterns:
+            if _pattern_matches(pattern.removeprefix("re:"), module):
+                return pattern
+        return next((name for name in _CLASSES[kind] if name in known), None)
+
+    return match
 
 
 def _pattern_matches(pattern: str, module: str) -> bool:

@@ -7,7 +7,7 @@ A family is one row of `FAMILIES`, not a class. Roles are `q k v o gate up down`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from ..errors import CorruptCheckpoint, UnsupportedModel, did_you_mean
@@ -33,6 +33,8 @@ class Family:
     embed: str
     final_norm: str
     head: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What a config.json without these keys means, where that is not what it means for every family."""
 
     def module(self, role: str, block: int | None = None) -> str:
         """Module name of a role, such as `model.layers.3.self_attn.q_proj`."""
@@ -60,7 +62,10 @@ _LLAMA = Family(
     final_norm="model.norm",
     head="lm_head",
 )
-FAMILIES: dict[str, Family] = {"llama": _LLAMA, "mistral": _LLAMA}
+_MISTRAL = replace(
+    _LLAMA, defaults={"sliding_window": 4096, "max_position_embeddings": 131072, "num_key_value_heads": 8}
+)
+FAMILIES: dict[str, Family] = {"llama": _LLAMA, "mistral": _MISTRAL}
 """`model_type` of a config.json -> family."""
 
 
@@ -73,6 +78,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         raise UnsupportedModel(
             f"config.json: model_type {model_type!r} is not supported", hint=did_you_mean(str(model_type), FAMILIES)
         )
+    said, hf = hf, {**FAMILIES[model_type].defaults, **hf}
     hidden = _integer(hf, "hidden_size")
     heads = _integer(hf, "num_attention_heads")
     head_dim = _integer(hf, "head_dim", hidden // heads)
@@ -87,8 +93,13 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         ffn_bias=bool(hf.get("mlp_bias", False)),
     )
     max_positions = _integer(hf, "max_position_embeddings", 2048)
-    if hf.get("sliding_window") is not None and int(hf["sliding_window"]) < max_positions:
-        raise UnsupportedModel(f"config.json: sliding_window {hf['sliding_window']} is not supported yet")
+    window = _integer(hf, "sliding_window", max_positions)
+    if window < max_positions:
+        given = "" if "sliding_window" in said else f", which a {model_type} config without the key means,"
+        raise UnsupportedModel(
+            f"config.json: sliding_window {window}{given} is not supported yet for {max_positions} positions",
+            hint='if the model attends to everything, say "sliding_window": null',
+        )
     activation = hf.get("hidden_act", "silu")
     if activation not in ACTIVATIONS:
         raise UnsupportedModel(

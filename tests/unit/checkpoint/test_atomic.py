@@ -159,3 +159,23 @@ def test_what_a_killed_run_left_is_swept_and_what_a_live_one_writes_is_not(tmp_p
         alive.communicate("")
     assert [p.name for p in out.iterdir()] == ["y"]
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("call", ["ftruncate", "pwrite"])
+def test_a_lock_that_cannot_be_signed_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fail(errno.ENOSPC))
+        lock = Lock(tmp_path / "out")
+        with pytest.raises(DoesNotFit, match="out"), lock:
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with Lock(tmp_path / "out"):
+        pass
+
+
+def test_a_lock_file_that_another_has_made_since_is_not_removed(tmp_path: Path) -> None:
+    path = tmp_path / "out.lock"
+    with Lock(tmp_path / "out"):
+        path.unlink()
+        path.write_text("another's")
+    assert path.read_text() == "another's"

@@ -152,14 +152,8 @@ def test_a_worker_that_dies_is_replaced() -> None:
     for worker in list(chat_template._POOL._idle):
         os.kill(worker._process.pid, signal.SIGKILL)
         worker._process.wait()
-    failures = 0
     for _ in range(chat_template.WORKERS + 1):
-        try:
-            assert render("b", {}) == "b"
-        except ChatTemplateError:
-            failures += 1
-    assert failures <= chat_template.WORKERS
-    assert render("c", {}) == "c"
+        assert render("b", {}) == "b"
 
 
 def test_a_worker_loads_neither_torch_nor_this_package() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gossamer.checkpoint import SafetensorsFile, open_checkpoint
+from gossamer.checkpoint.manifest import Manifest, write_manifest
+from gossamer.checkpoint.save import write_config
 from gossamer.errors import CheckpointError, TokenizerError
+from gossamer.formats import Integer
 
 LIMIT = 8 << 20
 """Elements of any one tensor: far above what these files hold, far below what a damaged number can ask for."""
@@ -103,6 +107,94 @@ def test_a_config_of_any_value_opens_or_is_refused(
     (folder / "config.json").write_text(json.dumps(config))
     with watched(), contextlib.suppress(CheckpointError):
         open_checkpoint(folder)
+
+
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5),
+    st.sampled_from(["group", "channel", "int", "Linear", "re:.*", "re:(", "pack-quantized", "model.norm", "\ud800"]),
+)  # fmt: skip
+ANYTHING = st.recursive(
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+QUANTIZATION = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear", "re:.*mlp.*"],
+            "weights": {
+                "num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32,
+                "actorder": None,
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": "pack-quantized",
+        }
+    },
+    "ignore": ["lm_head"],
+    "sparsity_config": {},
+    "transform_config": {},
+}  # fmt: skip
+MANIFEST = {
+    "schema_version": 1,
+    "base": {"name": "x", "fingerprint": "ab", "note": None},
+    "recipe": {"version": 1, "stages": [{"gptq": {"bits": 4}}]},
+    "seed": 3,
+    "calibration": {"kind": "self", "sha256": "cd", "sequences": 4, "length": 128, "seed": 1, "line_hashes": ["aa"]},
+    "versions": {"torch": "2"},
+    "files": {},
+    "results": {"a": [1.0]},
+    "formats": {},
+}
+
+
+@st.composite
+def with_anything(draw: st.DrawFn, content: dict[str, Any]) -> dict[str, Any]:
+    """This content with anything at all in one place of it, however deep, or under one more key."""
+    result = copy.deepcopy(content)
+    place: Any = result
+    while True:
+        keys = list(range(len(place))) if isinstance(place, list) else [*place, draw(st.text(max_size=3))]
+        key = draw(st.sampled_from(keys)) if keys else None
+        deeper = place[key] if key in keys and (isinstance(place, list) or key in place) else None
+        if not isinstance(deeper, dict | list) or not deeper or draw(st.booleans()):
+            break
+        place = deeper
+    place[key] = draw(ANYTHING)
+    return result
+
+
+@settings(bounded, max_examples=200)
+@given(config=with_anything(QUANTIZATION))
+def test_a_quantization_config_of_anything_opens_or_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Any, config: dict[str, Any]
+) -> None:
+    folder = _once(tmp_path_factory, "quantized", lambda path: tiny.quantized(path, Integer(4, 32)))
+    (folder / "config.json").write_text(json.dumps(tiny.config(quantization_config=config)))
+    _open_and_write_again(folder)
+
+
+@settings(bounded, max_examples=200)
+@given(content=with_anything(MANIFEST))
+def test_a_manifest_of_anything_opens_or_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, tiny: Any, content: dict[str, Any]
+) -> None:
+    folder = _once(tmp_path_factory, "artifact", tiny.folder)
+    (folder / "gossamer.json").write_text(json.dumps(content))
+    _open_and_write_again(folder)
+
+
+def _open_and_write_again(folder: Path) -> None:
+    """Whatever opens is read to the end, and what it says of itself can be written."""
+    with watched(), contextlib.suppress(CheckpointError):
+        checkpoint = open_checkpoint(folder)
+        for name in checkpoint.names():
+            checkpoint.tensor(name)
+        write_config(folder, checkpoint.hf_config)
+        if checkpoint.manifest is not None:
+            write_manifest(folder, Manifest.model_validate(checkpoint.manifest))
 
 
 def _once(factory: pytest.TempPathFactory, name: str, make: Any) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gossamer.checkpoint import open_checkpoint
+from gossamer.checkpoint import gguf_header, open_checkpoint
 from gossamer.checkpoint.files import RandomAccessFile
 from gossamer.checkpoint.gguf import GGMLBlocks, llama3_factors
 from gossamer.checkpoint.gguf_header import read_header
@@ -122,12 +123,54 @@ def test_llama3_factors_are_those_of_transformers() -> None:
     torch.testing.assert_close(plain / llama3_factors(500000.0, 64, 8.0), scaled.double(), rtol=1e-5, atol=0)
 
 
-def test_linear_scaling_is_taken_over_and_others_are_refused(tmp_path: Path, tiny: Any) -> None:
-    tiny.gguf(tmp_path / "m.gguf", llama__rope__scaling__type="linear", llama__rope__scaling__factor=4.0)
-    assert open_checkpoint(tmp_path / "m.gguf").config.rope.factor == 4.0
-    tiny.gguf(tmp_path / "n.gguf", llama__rope__scaling__type="yarn", llama__rope__scaling__factor=4.0)
-    with pytest.raises(UnsupportedModel, match="yarn"):
-        open_checkpoint(tmp_path / "n.gguf")
+@pytest.mark.parametrize(
+    ("kind", "factor", "older", "expected"),
+    [
+        ("linear", 4.0, None, ("linear", 4.0)),
+        ("linear", 4.0, 2.0, ("linear", 4.0)),
+        ("linear", None, 2.0, ("linear", 2.0)),
+        (None, 4.0, None, ("linear", 4.0)),
+        (None, None, 4.0, ("linear", 4.0)),
+        (None, 0.0, 4.0, ("default", 1.0)),
+        (None, None, None, ("default", 1.0)),
+        ("linear", 0.0, None, ("default", 1.0)),
+        ("linear", 1.0, None, ("default", 1.0)),
+        ("none", 4.0, 4.0, ("default", 1.0)),
+    ],
+)
+def test_linear_scaling_is_what_llama_cpp_takes_it_for(
+    tmp_path: Path, tiny: Any, kind: str | None, factor: float | None, older: float | None, expected: tuple[str, float]
+) -> None:
+    said = {"scaling__type": kind, "scaling__factor": factor, "scale_linear": older}
+    tiny.gguf(tmp_path / "m.gguf", **{f"llama__rope__{key}": value for key, value in said.items()})
+    rope = open_checkpoint(tmp_path / "m.gguf").config.rope
+    assert (rope.kind, rope.factor) == expected
+
+
+@pytest.mark.parametrize("kind", ["yarn", "longrope", "x" * 1000])
+def test_another_scaling_is_refused(tmp_path: Path, tiny: Any, kind: str) -> None:
+    tiny.gguf(tmp_path / "m.gguf", llama__rope__scaling__type=kind, llama__rope__scaling__factor=4.0)
+    with pytest.raises(UnsupportedModel, match=f"rotary scaling '{kind[:9]}"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_linear_scaling_on_top_of_that_of_llama3_is_refused(tmp_path: Path, tiny: Any) -> None:
+    factors = {"rope_freqs.weight": llama3_factors(10000.0, 8, 32.0).float().numpy()}
+    tiny.gguf(tmp_path / "m.gguf", extra=factors, llama__rope__scaling__factor=4.0)
+    with pytest.raises(UnsupportedModel, match=r"by 4\.0 on top of rope_freqs\.weight"):
+        open_checkpoint(tmp_path / "m.gguf")
+    tiny.gguf(tmp_path / "n.gguf", extra=factors, llama__rope__scaling__factor=1.0)
+    assert open_checkpoint(tmp_path / "n.gguf").config.rope.kind == "llama3"
+
+
+def test_a_token_outside_the_vocabulary_is_no_token(tmp_path: Path, tiny: Any) -> None:
+    none, last = (1 << 32) - 1, len(tiny.vocab) - 1
+    tiny.gguf(tmp_path / "m.gguf", tokenizer__ggml__padding_token_id=none, tokenizer__ggml__eos_token_id=last)
+    config = open_checkpoint(tmp_path / "m.gguf").hf_config
+    assert "pad_token_id" not in config
+    assert (config["bos_token_id"], config["eos_token_id"]) == (1, last)
+    tiny.gguf(tmp_path / "n.gguf", tokenizer__ggml__padding_token_id=last + 1)
+    assert "pad_token_id" not in open_checkpoint(tmp_path / "n.gguf").hf_config
 
 
 @pytest.mark.parametrize(
@@ -227,7 +270,20 @@ HOSTILE: dict[str, bytes] = {
     "a type that is gone": file(kv=(ARCH,), infos=(info("x", [32], kind=4),)),
     "half a block": file(kv=(ARCH,), infos=(info("x", [33], kind=8),)),
     "no tensors": file(kv=(ARCH,)),
-    "a type that has no floats": file(kv=(ARCH,), infos=(info("output_norm.weight", [256], kind=15),), data=512),
+}
+TOO_MANY = {
+    "pairs": file(pairs=(1 << 16) + 1, data=1 << 20),
+    "tensors": file(tensors=(1 << 16) + 1, data=1 << 21),
+    "nested arrays": file(kv=(pair("x", 9, struct.pack("<IQ", 9, (1 << 16) + 1)),), data=1 << 20),
+    "nested arrays, in parts": file(
+        kv=tuple(pair(key, 9, struct.pack("<IQ", 9, 40_000) + struct.pack("<IQ", 0, 0) * 40_000) for key in "xy")
+    ),
+}
+UNSUPPORTED = {
+    "a type that has no floats": file(kv=(ARCH,), infos=(info("output.weight", [256, 2], kind=15),), data=1024),
+    "a vector of such a type": file(kv=(ARCH,), infos=(info("output.weight", [256], kind=15),), data=512),
+    "a vector in blocks": file(kv=(ARCH,), infos=(info("output.weight", [64], kind=2),)),
+    "a vector of integers": file(kv=(ARCH,), infos=(info("output.weight", [4], kind=26),)),
 }
 
 
@@ -235,8 +291,41 @@ HOSTILE: dict[str, bytes] = {
 def test_a_hostile_file_is_a_typed_error(tmp_path: Path, case: str) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(HOSTILE[case])
-    with pytest.raises((CorruptCheckpoint, UnsupportedModel), match=r"m\.gguf|Q8_K"):
+    with pytest.raises((CorruptCheckpoint, UnsupportedModel), match=r"m\.gguf"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("case", TOO_MANY)
+def test_more_than_any_model_has_is_refused_though_the_file_has_room_for_it(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(TOO_MANY[case])
+    with pytest.raises(CorruptCheckpoint, match=r"m\.gguf: \d+ (pairs|tensors|arrays in [xy]), more than the \d+"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_a_tensor_that_cannot_be_turned_into_floats_is_named_when_the_file_is_opened(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(UNSUPPORTED[case])
+    with pytest.raises(UnsupportedModel, match=r"m\.gguf: tensor 'output\.weight' \[.*(Q8_K|Q4_0|I32)"):
+        open_checkpoint(path)
+
+
+def test_strings_are_counted_over_all_arrays(tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.gguf(tmp_path / "m.gguf")
+    count = len(tiny.vocab) + len(tiny.merges)
+    monkeypatch.setattr(gguf_header, "MAX_STRINGS", count)
+    assert open_checkpoint(tmp_path / "m.gguf").parameters() > 0
+    monkeypatch.setattr(gguf_header, "MAX_STRINGS", count - 1)
+    with pytest.raises(CorruptCheckpoint, match=r"m\.gguf: \d+ strings in tokenizer\.ggml\.merges, more than"):
+        open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_a_message_about_a_long_value_is_short(tmp_path: Path, tiny: Any) -> None:
+    tiny.gguf(tmp_path / "m.gguf", llama__attention__head_count=["x" * 1000] * 1000)
+    with pytest.raises(CorruptCheckpoint, match="head_count") as caught:
+        open_checkpoint(tmp_path / "m.gguf")
+    assert len(caught.value.message) < 300
 
 
 def test_a_header_of_gigabytes_is_refused(tmp_path: Path) -> None:
@@ -268,6 +357,31 @@ def test_the_fingerprint_changes_with_a_single_weight(tmp_path: Path, tiny: Any)
     (tmp_path / "c.gguf").write_bytes(data)
     assert open_checkpoint(tmp_path / "a.gguf").fingerprint() == same
     assert open_checkpoint(tmp_path / "c.gguf").fingerprint() != same
+
+
+def dequantizable() -> list[str]:
+    kinds = []
+    for kind, (_, size) in gguf.GGML_QUANT_SIZES.items():
+        with contextlib.suppress(NotImplementedError):
+            gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+            kinds.append(kind.name)
+    return kinds
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # random scales overflow
+@pytest.mark.parametrize("kind", dequantizable())
+def test_blocks_of_every_type_become_the_floats_that_the_gguf_package_makes_of_them(kind: str) -> None:
+    assert {"Q2_K", "IQ1_S", "TQ1_0", "NVFP4", "MXFP4"} <= set(dequantizable())
+    number = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[number]
+    data = np.random.default_rng(5).integers(0, 256, (7, 3 * size), np.uint8)
+    expected = torch.from_numpy(np.asarray(gguf.quants.dequantize(data, number), np.float32))
+    form, stored = GGMLBlocks(kind), {"weight": torch.from_numpy(data)}
+    assert expected.shape == (7, 3 * block)
+    torch.testing.assert_close(form.unpack(stored), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(form.unpack(stored, slice(2, 5)), expected[2:5], rtol=0, atol=0, equal_nan=True)
+    assert form.unpack(stored, slice(3, 3)).shape == (0, 3 * block)
+    assert form.stored((7, 3 * block)) == {"weight": (torch.uint8, (7, 3 * size))}
 
 
 def test_unpack_refuses_rows_that_are_not_whole_blocks() -> None:

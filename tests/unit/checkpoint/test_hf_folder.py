@@ -341,3 +341,201 @@ def test_the_fingerprint_is_remembered_until_a_file_changes(
     os.utime(tmp_path / "m" / "model.safetensors", ns=(1, 1))
     assert open_checkpoint(tmp_path / "m").fingerprint() != first
     assert calls == [1]
+
+
+def test_the_fingerprint_changes_though_size_and_time_are_as_before(tmp_path: Path, tiny: Any) -> None:
+    path = tiny.folder(tmp_path / "m") / "model.safetensors"
+    first = open_checkpoint(tmp_path / "m").fingerprint()
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "other").write_bytes(data)
+    (tmp_path / "other").replace(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert open_checkpoint(tmp_path / "m").fingerprint() != first
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(-1, None)])
+def test_a_head_that_differs_from_the_embedding_is_used_whatever_the_config_says(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, rows: slice, dtype: torch.dtype
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from gossamer.checkpoint import base
+    from gossamer.checkpoint.load import load_decoder
+
+    monkeypatch.setattr(base, "BLOCK_ELEMENTS", 32 * 64)  # more than one block to compare
+    tensors = tiny.tensors()
+    head = tensors["model.embed_tokens.weight"].to(dtype, copy=True)
+    head[rows] *= 2
+    folder = tiny.folder(tmp_path / "m", tensors={**tensors, "lm_head.weight": head})
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.hf_config["tie_word_embeddings"] is False
+    assert torch.equal(checkpoint.tensor("lm_head.weight"), head.float())
+    tokens = torch.arange(12).reshape(1, 12)
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(load_decoder(checkpoint)(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-3)
+
+
+def test_a_head_of_another_shape_is_named(tmp_path: Path, tiny: Any) -> None:
+    tensors = tiny.tensors() | {"lm_head.weight": torch.zeros(3, 64, dtype=torch.bfloat16)}
+    with pytest.raises(CorruptCheckpoint, match=r"lm_head\.weight.*\[3, 64\]"):
+        open_checkpoint(tiny.folder(tmp_path / "m", tensors=tensors))
+
+
+def group(targets: Any, **weights: Any) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, **weights}
+    return {"targets": targets, "weights": weights}
+
+
+def quantization(*groups: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    numbered = {f"group_{n}": g for n, g in enumerate(groups)}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": numbered, "ignore": [],
+        **changes,
+    }  # fmt: skip
+
+
+RANKED = [
+    group(["Linear"], num_bits=8),
+    group(["re:.*mlp.*"], num_bits=7),
+    group(["re:.*down_proj"], num_bits=6),
+    group(["model.layers.0.mlp.down_proj", "re:model.*norm"], num_bits=5),
+    group(["model.layers.0.mlp.up_proj"], num_bits=3),
+    group(["model.layers.0.mlp.up_proj"], num_bits=2),
+    group(["Module"], num_bits=4),
+]
+MODULES = [
+    *(f"model.layers.{i}.mlp.{role}_proj" for i in (0, 1) for role in ("gate", "up", "down")),
+    "model.layers.0.self_attn.q_proj",
+    "model.embed_tokens",
+    "lm_head",
+]
+
+
+@pytest.mark.parametrize("groups", [RANKED, RANKED[::-1]], ids=["as listed", "reversed"])
+@pytest.mark.parametrize("ignore", [[], ["lm_head"], ["re:.*layers.1.*", "Embedding"]])
+def test_the_group_of_a_module_is_the_one_that_compressed_tensors_takes(
+    groups: list[dict[str, Any]], ignore: list[str]
+) -> None:
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    from gossamer.formats import layout_from_quantization_config
+
+    config = quantization(*groups, ignore=ignore)
+    model = torch.nn.Module()
+    for name in MODULES:
+        parent = model
+        *path, leaf = name.split(".")
+        for part in path:
+            if not hasattr(parent, part):
+                parent.add_module(part, torch.nn.Module())
+            parent = getattr(parent, part)
+        made = torch.nn.Embedding(4, 32) if leaf == "embed_tokens" else torch.nn.Linear(32, 4, bias=False)
+        parent.add_module(leaf, made)
+    apply_quantization_config(model, QuantizationConfig.model_validate(config))
+    layout = layout_from_quantization_config(config, torch.bfloat16)
+    for name in MODULES:
+        scheme = getattr(model.get_submodule(name), "quantization_scheme", None)
+        form = layout(name, "embedding" if name.endswith("embed_tokens") else "linear")
+        assert getattr(form, "bits", None) == (None if scheme is None else scheme.weights.num_bits), name
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "message"),
+    [
+        (quantization(transform_config={"config_groups": {"u": {}}}), UnsupportedModel, "transform_config"),
+        (quantization(transform_config=[1]), UnsupportedModel, "transform_config"),
+        (quantization(sparsity_config={"format": "sparse-24-bitmask"}), UnsupportedModel, "sparsity_config"),
+        (quantization(sparsity_config={"targets": []}), UnsupportedModel, "sparsity_config"),
+        (quantization(ignore=[5]), CorruptCheckpoint, "ignore"),
+        (quantization(ignore="lm_head"), CorruptCheckpoint, "ignore"),
+        (quantization(group([5])), CorruptCheckpoint, r"group_0\.targets"),
+        (quantization(group(["Linear"], strategy=["group"])), CorruptCheckpoint, r"group_0\.weights.*strategy"),
+        (quantization(group(["Linear"], symmetric="no")), CorruptCheckpoint, r"group_0\.weights.*symmetric"),
+        (quantization(group(["Linear"], group_size=True)), CorruptCheckpoint, r"group_0: group_size is True"),
+        (quantization(group(["Linear"], actorder="dynamic")), UnsupportedModel, "actorder"),
+        (quantization({**group(["Linear"]), "output_activations": {}}), UnsupportedModel, "activations"),
+        (quantization(config_groups={"x": 1}), CorruptCheckpoint, r"config_groups\.x"),
+    ],
+)
+def test_a_quantization_that_is_not_understood_is_named(
+    tmp_path: Path, tiny: Any, config: dict[str, Any], error: type[CheckpointError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        open_checkpoint(tiny.folder(tmp_path / "m", quantization_config=config))
+
+
+@pytest.mark.parametrize("sparsity", [None, {}, {"format": "dense", "global_sparsity": 0.1}])
+def test_a_sparsity_that_changes_nothing_is_accepted(tmp_path: Path, tiny: Any, sparsity: Any) -> None:
+    config = quantization(sparsity_config=sparsity, transform_config={}, ignore=None)
+    assert open_checkpoint(tiny.folder(tmp_path / "m", quantization_config=config)).parameters() > 0
+
+
+@pytest.mark.parametrize("name", ["\ud800.safetensors", "x" * 300 + ".safetensors", "x/" * 3000 + "a.safetensors"])
+def test_a_shard_that_no_file_can_be_named_is_a_typed_error(tmp_path: Path, tiny: Any, name: str) -> None:
+    folder = tiny.folder(tmp_path / "m", shards=2)
+    index = {"weight_map": {"model.norm.weight": name}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CorruptCheckpoint, match=r"ud800|xxxx|x/x/"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "gossamer.json", "model.safetensors.index.json"])
+def test_half_a_surrogate_pair_is_refused_as_key_and_as_value(tmp_path: Path, tiny: Any, name: str) -> None:
+    for n, content in enumerate(({"\ud800": "x"}, {"files": {"\udfff": "x"}}, {"x": [["a\ud83d"]]})):
+        folder = tiny.folder(tmp_path / str(n), shards=2)
+        (folder / name).write_text(json.dumps(tiny.config(schema_version=1) | content))
+        with pytest.raises(CorruptCheckpoint, match=name.replace(".", r"\.") + ".*surrogate"):
+            open_checkpoint(folder)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path: Path, tiny: Any) -> None:
+    folder = tiny.folder(tmp_path / "m", _name_or_path="\U0001f389")
+    assert "\\ud83c" in (folder / "config.json").read_text()
+    assert open_checkpoint(folder).hf_config["_name_or_path"] == "\U0001f389"
+
+
+def test_an_index_of_millions_of_values_is_refused_before_it_is_parsed(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gossamer.checkpoint import hf
+
+    folder = tiny.folder(tmp_path / "m", shards=2)
+    monkeypatch.setattr(hf, "MAX_VALUES", 10)
+    with pytest.raises(CorruptCheckpoint, match=r"index\.json: about \d+ values"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(1).bfloat16().expand(64), torch.empty(64, device="meta")])
+def test_a_pickled_tensor_that_claims_more_than_the_file_holds_is_refused(
+    tmp_path: Path, tiny: Any, tensor: torch.Tensor
+) -> None:
+    folder = tiny.folder(tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    torch.save(tiny.tensors() | {"model.norm.weight": tensor}, folder / "pytorch_model.bin")
+    with pytest.raises(CorruptCheckpoint, match=r"pytorch_model\.bin: tensor 'model\.norm\.weight' \[64\]"):
+        open_checkpoint(folder, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "opens"),
+    [
+        ("mistral", {"max_position_embeddings": 4096}, True),
+        ("mistral", {"max_position_embeddings": 4097}, False),
+        ("mistral", {"max_position_embeddings": 8192, "sliding_window": None}, True),
+        ("mistral", {"max_position_embeddings": 8192, "sliding_window": 8192}, True),
+        ("mistral", {"max_position_embeddings": 8192, "sliding_window": 4096}, False),
+        ("llama", {"max_position_embeddings": 8192}, True),
+    ],
+)
+def test_a_mistral_without_a_window_has_the_one_of_transformers(
+    tmp_path: Path, tiny: Any, model_type: str, changes: dict[str, Any], opens: bool
+) -> None:
+    folder = tiny.folder(tmp_path / "m", model_type=model_type, **changes)
+    if opens:
+        assert open_checkpoint(folder).parameters() > 0
+        return
+    with pytest.raises(UnsupportedModel, match=r"config\.json: sliding_window 4096.*(without the key)?.*positions"):
+        open_checkpoint(folder)

@@ -122,3 +122,32 @@ def test_an_artifact_that_was_tampered_with_does_not_open(tmp_path: Path, tiny: 
     os.utime(folder / "model.safetensors", ns=(1, 1))
     with pytest.raises(CorruptCheckpoint, match=r"model\.safetensors.*changed"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_change_is_noticed_though_size_and_time_are_as_before(tmp_path: Path, replaced: bool) -> None:
+    path = tmp_path / "a"
+    path.write_text("one")
+    listed = manifest(files=hash_files(tmp_path))
+    verify_files(tmp_path, listed)
+    before = path.stat()
+    if replaced:
+        (tmp_path / "b").write_text("0ne")
+        (tmp_path / "b").replace(path)
+    while not replaced and path.stat().st_ctime_ns == before.st_ctime_ns:  # the system's clock moves in steps
+        path.write_text("0ne")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    with pytest.raises(CorruptCheckpoint, match="a: changed"):
+        verify_files(tmp_path, listed)
+
+
+def test_a_recipe_nested_too_deep_is_a_typed_error(tmp_path: Path, tiny: Any) -> None:
+    folder = tiny.folder(tmp_path / "m")
+    nested: dict[str, Any] = {}
+    for _ in range(400):
+        nested = {"a": nested}
+    content = manifest().model_dump(mode="json") | {"recipe": nested}
+    (folder / "gossamer.json").write_text(json.dumps(content))
+    with pytest.raises(CorruptCheckpoint, match=r"gossamer\.json.*nested"):
+        open_checkpoint(folder)

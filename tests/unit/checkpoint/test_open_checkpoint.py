@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from gossamer.checkpoint import hub, open_checkpoint
 from gossamer.checkpoint import open as opening
-from gossamer.errors import DoesNotFit, GossamerError, ModelNotFound
+from gossamer.errors import CorruptCheckpoint, DoesNotFit, GossamerError, ModelNotFound, UnsafeCheckpoint
 
 REPOSITORY = [
     "config.json",
@@ -205,3 +207,47 @@ def test_a_path_that_the_system_refuses_is_a_typed_error(tmp_path: Path) -> None
         open_checkpoint("x" * 5000)
     with pytest.raises(ModelNotFound):
         open_checkpoint("a\0b")
+
+
+@pytest.mark.parametrize("name", ["org/name", "smollm2"])
+def test_a_shard_with_a_name_too_long_is_named_through_the_hub_too(
+    tmp_path: Path, tiny: Any, fake: FakeHub, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(opening, "packaged_gguf", lambda alias: None)
+    fake.answer = tiny.folder(tmp_path / "m", shards=2)
+    index = json.dumps({"weight_map": {"model.norm.weight": "x" * 300 + ".safetensors"}})
+    (tmp_path / "m" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CorruptCheckpoint, match="xxxx"):
+        open_checkpoint(name)
+
+
+@pytest.mark.parametrize("name", ["org/name", "smollm2"])
+def test_what_the_system_refuses_below_the_hubs_folder_is_typed(
+    tmp_path: Path, fake: FakeHub, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def refusing(*_: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(opening, "packaged_gguf", lambda alias: None)
+    monkeypatch.setattr(opening, "_open_folder", refusing)
+    with pytest.raises(ModelNotFound, match=f"{name}: Permission denied"):
+        open_checkpoint(name)
+
+
+def test_a_gguf_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path, tiny: Any) -> None:
+    tiny.gguf(tmp_path / "outside.gguf")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.gguf").symlink_to(tmp_path / "outside.gguf")
+    with pytest.raises(UnsafeCheckpoint, match=r"model\.gguf.*outside the folder"):
+        open_checkpoint(tmp_path / "m")
+    (tmp_path / "m" / "inside").write_bytes((tmp_path / "outside.gguf").read_bytes())
+    (tmp_path / "m" / "model.gguf").unlink()
+    (tmp_path / "m" / "model.gguf").symlink_to("inside")
+    assert open_checkpoint(tmp_path / "m").parameters() > 0
+
+
+def test_a_pipe_with_the_name_of_a_model_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    os.mkfifo(tmp_path / "m" / "model.gguf")
+    with pytest.raises(CorruptCheckpoint, match="not a regular file"):
+        open_checkpoint(tmp_path / "m")

@@ -13,6 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
+from gossamer.checkpoint import safetensors_io
+from gossamer.checkpoint.files import parse_object
 from gossamer.checkpoint.safetensors_io import DTYPES, Entry, SafetensorsFile, whole, write_safetensors
 from gossamer.errors import CorruptCheckpoint, DoesNotFit, GossamerError, ModelNotFound
 
@@ -205,3 +207,48 @@ def test_a_file_cut_short_after_opening_is_a_typed_error(tmp_path: Path) -> None
         file.read("x")
     with pytest.raises(CorruptCheckpoint, match="'y'"):
         file.read("y")
+
+
+def test_a_key_that_is_given_twice_among_many_is_named() -> None:
+    pairs = [f'"{n}":0' for n in range(200_000)]
+    assert len(parse_object("{" + ",".join(pairs) + "}", "x", unique=True)) == 200_000
+    with pytest.raises(CorruptCheckpoint, match="'199999' is given twice"):
+        parse_object("{" + ",".join([*pairs, pairs[-1]]) + "}", "x", unique=True)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        '{"a":{"dtype":"F32","shape":[' + "0," * 50 + '0],"data_offsets":[0,0]}}',
+        '{"__metadata__":{' + ",".join(f'"{n}":""' for n in range(50)) + "}}",
+        "{" + ",".join(f'"{n}":0' for n in range(50)) + "}",
+    ],
+    ids=["numbers", "metadata", "entries"],
+)
+def test_a_header_of_more_values_than_tensors_need_is_refused_before_it_is_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: str
+) -> None:
+    monkeypatch.setattr(safetensors_io, "MAX_VALUES", 40)
+    monkeypatch.setattr(json, "loads", None)
+    with pytest.raises(CorruptCheckpoint, match=r"bad: header: about \d+ values, more than the 40"):
+        SafetensorsFile(write_raw(tmp_path / "bad", header.encode()))
+
+
+def test_more_tensors_than_plausible_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_io, "MAX_TENSORS", 2)
+    write_safetensors(tmp_path / "x", [whole(name, torch.zeros(1)) for name in "ab"])
+    assert SafetensorsFile(tmp_path / "x").names() == ("a", "b")
+    write_safetensors(tmp_path / "x", [whole(name, torch.zeros(1)) for name in "abc"])
+    with pytest.raises(CorruptCheckpoint, match="3 tensors, more than the 2"):
+        SafetensorsFile(tmp_path / "x")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_header_in_another_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    with pytest.raises(CorruptCheckpoint, match="bad: header: not "):
+        SafetensorsFile(write_raw(tmp_path / "bad", json.dumps({"a": F32}).encode(encoding), bytes(8)))
+
+
+def test_a_name_that_is_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorruptCheckpoint, match="surrogate"):
+        SafetensorsFile(write_raw(tmp_path / "bad", {"\ud800": F32}, bytes(8)))

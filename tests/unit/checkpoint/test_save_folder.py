@@ -188,3 +188,11 @@ def test_smollm2_saved_is_the_same_model_to_transformers(tmp_path: Path) -> None
     prompt = torch.tensor([ours.chat([{"role": "user", "content": "What is the capital of France?"}])])
     answer = model.generate(prompt, max_new_tokens=10, do_sample=False)[0, prompt.shape[1] :]
     assert "Paris" in ours.decode(answer.tolist())
+
+
+def test_every_tensor_that_is_written_is_told(tiny_model: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    checkpoint = open_checkpoint(tiny_model)
+    save_folder(checkpoint, tmp_path / "out", progress=lambda *step: seen.append(step))
+    count = len(checkpoint.names())
+    assert seen == [("writing", n, count) for n in range(1, count + 1)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import struct
+import tracemalloc
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from gossamer.checkpoint import Tokenizer, open_checkpoint
+from gossamer.checkpoint import Tokenizer, open_checkpoint, sentencepiece
 from gossamer.checkpoint.gguf_tokenizer import PRE_TOKENIZERS
 from gossamer.checkpoint.open import packaged_gguf
 from gossamer.checkpoint.sentencepiece import (
@@ -276,6 +278,61 @@ def test_a_tokenizer_model_that_is_none_is_a_typed_error(tmp_path: Path, data: b
         backend_from_model(data, tmp_path / "tokenizer.model")
 
 
+def test_a_vocabulary_whose_merges_would_take_hours_is_refused_at_once(tmp_path: Path) -> None:
+    texts = ["<unk>", "a", "b" * 200_000]
+    vocabulary = Pieces(texts, [0.0] * 3, [UNKNOWN, NORMAL, NORMAL])
+    with pytest.raises(TokenizerError, match=r"tokenizer\.model: tokens of up to 200000 characters"):
+        backend_from_model(model_file(vocabulary), tmp_path / "tokenizer.model")
+
+
+def test_long_tokens_are_read_where_they_cost_nothing(tmp_path: Path, tiny: Any) -> None:
+    long = "b" * 200_000
+    control = Pieces(["<unk>", "a", long], [0.0] * 3, [UNKNOWN, NORMAL, CONTROL])
+    assert backend_from_pieces(control, "x").encode(long).ids == [2]
+    unigram = Pieces(["<unk>", "a", "b" * 5000], [0.0] * 3, [UNKNOWN, NORMAL, NORMAL], unigram=True)
+    assert backend_from_pieces(unigram, "x").token_to_id("b" * 5000) == 2
+    ordinary = Pieces(["<unk>", "a", "b" * 5000], [0.0] * 3, [UNKNOWN, NORMAL, NORMAL])
+    assert backend_from_pieces(ordinary, "x").token_to_id("b" * 5000) == 2
+    tiny.gguf(tmp_path / "m.gguf", tokenizer__ggml__tokens=[*tiny.vocab[:-1], long])  # which lists its merges
+    assert open_checkpoint(tmp_path / "m.gguf").tokenizer().token_id(long) == len(tiny.vocab) - 1
+
+
+@pytest.mark.parametrize(("limit", "unigram"), [("MAX_MERGES", False), ("MAX_UNIGRAM", True), ("MAX_PIECES", False)])
+def test_a_vocabulary_that_would_take_all_memory_is_refused(
+    monkeypatch: pytest.MonkeyPatch, limit: str, unigram: bool
+) -> None:
+    texts = ["<unk>", *("".join(t) for n in range(1, 9) for t in itertools.product("ab", repeat=n))]
+    vocabulary = Pieces(texts, [0.0] * len(texts), [UNKNOWN, *[NORMAL] * (len(texts) - 1)], unigram=unigram)
+    backend_from_pieces(vocabulary, "x")
+    monkeypatch.setattr(sentencepiece, limit, 400)
+    with pytest.raises(TokenizerError, match=r"^x: .*400"):
+        backend_from_pieces(vocabulary, "x")
+
+
+@pytest.mark.parametrize("kind", ["empty pieces", "a piece of fields that mean nothing"])
+def test_a_tokenizer_model_takes_memory_for_its_vocabulary_only(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    data = b"\x0a\x00" * (1 << 20)
+    if kind != "empty pieces":
+        data = message(1, b"".join(varint(i << 3) + b"\0" for i in range(16, 1 << 17)))
+    monkeypatch.setattr(sentencepiece, "MAX_PIECES", 1 << 14)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(TokenizerError):
+            backend_from_model(data, Path("x"))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_tokenizer_model_larger_than_any_is_not_read(tmp_path: Path, tiny: Any) -> None:
+    folder = tiny.folder(tmp_path / "m")
+    (folder / "tokenizer.json").unlink()
+    with (folder / "tokenizer.model").open("wb") as file:
+        file.truncate((32 << 20) + 1)
+    with pytest.raises(CorruptCheckpoint, match=r"tokenizer\.model: 33554433 bytes"):
+        open_checkpoint(folder).tokenizer()
+
+
 @bounded
 @given(where=st.floats(0, 1, exclude_max=True), value=st.integers(0, 255), cut=st.floats(0, 1))
 def test_a_damaged_tokenizer_model_is_read_or_refused(where: float, value: int, cut: float) -> None:
@@ -299,6 +356,24 @@ def test_old_vocabulary_files_are_converted(tmp_path: Path, tiny: Any) -> None:
     )
     tokenizer = open_checkpoint(folder).tokenizer()
     assert tokenizer.encode("hello hello world 12", special=False) == expected
+
+
+@pytest.mark.parametrize("config", [None, {}, {"tokenizer_class": "Evil"}, {"tokenizer_class": "GPT2Tokenizer"}])
+@pytest.mark.parametrize("entry", ["evil.Evil", ["evil.Evil", None], ["evil.Evil", "evil.Evil"]])
+def test_code_that_only_config_json_names_is_not_run(tmp_path: Path, tiny: Any, config: Any, entry: Any) -> None:
+    folder = tiny.folder(tmp_path / "m", auto_map={"AutoConfig": "evil.Evil", "AutoTokenizer": entry})
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps({text: i for i, text in enumerate(tiny.vocab)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in tiny.merges) + "\n")
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    if config is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    known = config == {"tokenizer_class": "GPT2Tokenizer"}
+    with contextlib.nullcontext() if known else pytest.raises(TokenizerError, match=str(folder)):
+        tokenizer = open_checkpoint(folder).tokenizer()
+        assert tokenizer.decode(tokenizer.encode("hello")) == "hello"
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("pre", ["no-such-rule", "tekken", None])
@@ -335,7 +410,6 @@ def test_each_rule_splits_as_its_name_says(pre: str, expected: list[str]) -> Non
         {"tokenizer__ggml__token_type": None, "tokenizer__ggml__merges": ["nospace"]},
         {"tokenizer__ggml__merges": ["not there"]},
         {"tokenizer__ggml__merges": [1, 2]},
-        {"tokenizer__ggml__eos_token_id": 100_000},
         {"tokenizer__ggml__eos_token_id": "two"},
         {"tokenizer__ggml__add_bos_token": "yes"},
         {"tokenizer__ggml__model": "llama"},
@@ -346,6 +420,38 @@ def test_a_gguf_tokenizer_with_a_part_amiss_is_a_typed_error(tmp_path: Path, tin
     tiny.gguf(tmp_path / "m.gguf", **change)
     with pytest.raises((TokenizerError, CorruptCheckpoint)):
         open_checkpoint(tmp_path / "m.gguf").tokenizer()
+
+
+@pytest.mark.parametrize("role", ["bos", "eos", "unknown", "padding", "eot", "eom"])
+def test_a_gguf_role_without_a_token_is_absent(tmp_path: Path, tiny: Any, role: str) -> None:
+    for number in (len(tiny.vocab), (1 << 32) - 1):
+        changes = {f"tokenizer__ggml__{role}_token_id": number, "tokenizer__ggml__add_bos_token": True}
+        tiny.gguf(tmp_path / "m.gguf", **changes)
+        tokenizer = open_checkpoint(tmp_path / "m.gguf").tokenizer()
+        assert tokenizer.bos_id == (None if role == "bos" else 1)
+        assert tokenizer.eos_ids == {0, 2}  # the names of the special tokens say so as well
+        assert tokenizer.pad_id is None
+        assert tokenizer.encode("hello")[:-1] == ([] if role == "bos" else [1])
+
+
+@pytest.mark.parametrize("text", ["a:b", "<b:9>", "$A", "$B:0", "$", ":", "A", "x y", "\u4f60"])
+def test_a_start_or_end_token_of_any_text_is_put_around_a_text_once(tmp_path: Path, tiny: Any, text: str) -> None:
+    reserved = len(tiny.vocab) - 1
+    for role, place in (("bos", slice(None, 1)), ("eos", slice(-1, None))):
+        metadata = {f"tokenizer__ggml__{role}_token_id": reserved, f"tokenizer__ggml__add_{role}_token": True}
+        path = tmp_path / f"{role}.gguf"
+        vocabulary = [f"[{t}]" if t == text else t for t in tiny.vocab[:-1]]
+        tiny.gguf(path, tokenizer__ggml__tokens=[*vocabulary, text], **metadata)
+        tokenizer = open_checkpoint(path).tokenizer()
+        ids = tokenizer.encode("hello")
+        assert ids[place] == [reserved]
+        assert sorted(ids) == sorted([reserved, *tokenizer.encode("hello", special=False)])
+        tokenizer.save(tmp_path)
+        saved = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        assert saved.encode("hello").ids == ids
+        pair = saved.encode("hello", "hello")
+        assert (pair.ids, pair.type_ids) == ([*ids, *ids], [0] * len(ids) + [1] * len(ids))
+        assert text in json.loads(saved.to_str())["post_processor"]["special_tokens"]
 
 
 def test_empty_tokens_keep_their_places(tmp_path: Path, tiny: Any) -> None:
@@ -436,6 +542,12 @@ def test_the_ends_of_an_answer_come_from_every_file_that_names_one(tmp_path: Pat
     assert open_checkpoint(folder).tokenizer().eos_ids == {0, 2, 5, 9}
 
 
+def test_an_end_beyond_the_models_vocabulary_is_left_out(tmp_path: Path, tiny: Any) -> None:
+    folder = tiny.folder(tmp_path / "m", eos_token_id=len(tiny.vocab))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 999_999]}))
+    assert open_checkpoint(folder).tokenizer().eos_ids == {0, 2}
+
+
 def test_a_template_file_wins_and_named_templates_give_their_default(tmp_path: Path, tiny: Any) -> None:
     folder = tiny.folder(tmp_path / "m")
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
@@ -443,6 +555,22 @@ def test_a_template_file_wins_and_named_templates_give_their_default(tmp_path: P
     assert open_checkpoint(folder).tokenizer().chat_template == "plain"
     (folder / "chat_template.jinja").write_text("{{ bos_token }}file")
     assert open_checkpoint(folder).tokenizer().chat_template == "{{ bos_token }}file"
+
+
+def test_a_named_template_that_is_none_is_passed_over(tmp_path: Path, tiny: Any) -> None:
+    folder = tiny.folder(tmp_path / "m")
+    rows = [{"name": ["x"], "template": "y"}, {"name": "default", "template": "plain"}, {"name": "default"}, 7]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": rows}))
+    assert open_checkpoint(folder).tokenizer().chat_template == "plain"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": rows[:1]}))
+    assert open_checkpoint(folder).tokenizer().chat_template is None
+
+
+def test_a_template_that_no_file_can_hold_is_refused_when_it_is_opened(tmp_path: Path, tiny: Any) -> None:
+    folder = tiny.folder(tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "abc\ud800"}))
+    with pytest.raises((TokenizerError, CorruptCheckpoint), match=r"tokenizer_config\.json: .*ud800"):
+        open_checkpoint(folder).tokenizer()
 
 
 def test_a_model_without_a_template_says_so(tmp_path: Path, tiny: Any) -> None:
