@@ -9,13 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .llm import LLM
+    from .llm import LLM, isa_in_use, sampling_bytes
     from .params import SamplingParams
     from .sequence import Completion, Token
 
-_HOMES = {"LLM": "llm", "SamplingParams": "params", "Completion": "sequence", "Token": "sequence"}
+_HOMES = {
+    "LLM": "llm",
+    "isa_in_use": "llm",
+    "sampling_bytes": "llm",
+    "SamplingParams": "params",
+    "Completion": "sequence",
+    "Token": "sequence",
+}
 
-__all__ = ["LLM", "Completion", "SamplingParams", "Token"]
+__all__ = ["LLM", "Completion", "SamplingParams", "Token", "isa_in_use", "sampling_bytes"]
 
 
 def __getattr__(name: str) -> Any:

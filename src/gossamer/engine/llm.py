@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.load import load_decoder
-from ..checkpoint.memory import available_memory
+from ..checkpoint.load import load_decoder, resident_bytes
+from ..checkpoint.memory import available_memory, require_memory
 from ..errors import EngineError, UnknownName
+from ..kernels import dispatch
+from ..model.config import ModelConfig
 from ..settings import threads
 from .params import SamplingParams
 from .reference import Batch, kv_bytes
-from .sampling import Sampler, draw, sample
+from .sampling import Sampler, draw, require_finite, sample, scaled
 from .sequence import Completion, Sequence, Token
 
 Weights = Literal["stored", "float"]
@@ -25,6 +27,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 Prompt: TypeAlias = "str | Many[int]"
 
 MAX_BATCH = 32
+WAVE_BYTES = 1 << 30
+"""Most bytes of KV cache that sampling a model's own text takes (more only if one sequence needs it)."""
 GREEDY = SamplingParams()
 
 
@@ -33,6 +37,7 @@ class LLM:
 
     `weights`: "stored" keeps integer and bfloat16 weights as compact as the file; "float" expands all to float32, which
     is what everything else is compared with. Activations and the KV cache are float32 in both.
+    `reserve_tokens`: a prompt and its answer of so many tokens must fit beside the weights, or nothing is loaded.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class LLM:
         weights: Weights = "stored",
         *,
         max_batch: int = MAX_BATCH,
+        reserve_tokens: int = 0,
         progress: Progress | None = None,
     ) -> None:
         if weights not in ("stored", "float"):
@@ -50,8 +56,10 @@ class LLM:
         torch.set_num_threads(threads())
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         self.config = self.checkpoint.config
+        packed = weights == "stored"
+        _require_room(self.checkpoint, packed, reserve_tokens)
         self.tokenizer = self.checkpoint.tokenizer()
-        self.decoder = load_decoder(self.checkpoint, progress=progress, packed=weights == "stored")
+        self.decoder = load_decoder(self.checkpoint, progress=progress, packed=packed)
         self.max_batch = max_batch
 
     def generate(
@@ -103,7 +111,8 @@ class LLM:
         """Text that the model writes by itself: int64 [sequences, length], sampled from its start token.
 
         Nothing is truncated or masked: after an end token it goes on as the model would. The start token is not part of
-        the result. The same seed gives the same tokens. Raises EngineError, DoesNotFit.
+        the result. The same seed gives the same tokens. They are sampled in waves, so that many take no more memory
+        than a few: `sampling_bytes` says how much. Raises EngineError, DoesNotFit.
         """
         params = SamplingParams(max_tokens=length, temperature=temperature, seed=seed)
         if params.greedy or isinstance(sequences, bool) or not isinstance(sequences, int) or sequences < 1:
@@ -112,14 +121,15 @@ class LLM:
             raise EngineError(f"length {length} is more than the {self.config.max_positions} positions of the model")
         uniform = torch.rand(sequences, length, generator=torch.Generator().manual_seed(seed))
         tokens = torch.empty(sequences, length, dtype=torch.int64)
-        batch = Batch(self.decoder, [[self.start_token]] * sequences, length)
-        logits = batch.prefill()
-        for at in range(length):
-            tokens[:, at] = draw(logits / temperature, uniform[:, at])
-            if progress is not None:
-                progress("sampling", at + 1, length)
-            if at + 1 < length:
-                logits = batch.step(tokens[:, at].tolist())
+        size = _wave_rows(self.config, sequences, length)
+        done, total = 0, length * -(-sequences // size)
+        for start in range(0, sequences, size):
+            wave = slice(start, start + size)
+            for at, column in enumerate(self._sampled(uniform[wave], temperature)):
+                tokens[wave, at] = column
+                done += 1
+                if progress is not None:
+                    progress("sampling", done, total)
         return tokens
 
     @property
@@ -158,6 +168,18 @@ class LLM:
             yield rest[:size]
             rest = rest[size:]
 
+    def _sampled(self, uniform: Tensor, temperature: float) -> Iterator[Tensor]:
+        """One wave of text from the start token: tokens int64 [rows] for each column of uniform [rows, length]."""
+        rows, length = uniform.shape
+        batch = Batch(self.decoder, [[self.start_token]] * rows, length)
+        logits = batch.prefill()
+        for at in range(length):
+            require_finite(logits)
+            tokens = draw(scaled(logits, temperature), uniform[:, at])
+            yield tokens
+            if at + 1 < length:
+                logits = batch.step(tokens.tolist())
+
     def _run(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, Token]]:
         """Prefill, then sample and step until every sequence has finished; they leave as they do."""
         batch = Batch(self.decoder, [s.prompt for s in sequences], _longest(sequences))
@@ -188,3 +210,38 @@ class LLM:
 def _longest(sequences: list[Sequence]) -> int:
     """Positions that the longest of these may take."""
     return max(len(s.prompt) + s.limit for s in sequences)
+
+
+def sampling_bytes(checkpoint: Checkpoint, sequences: int, length: int) -> int:
+    """Bytes that `LLM(checkpoint).sample_tokens(sequences, length)` takes: weights as stored, and one wave's cache."""
+    config = checkpoint.config
+    weights = resident_bytes(checkpoint, torch.float32, packed=True)
+    return weights + kv_bytes(config, _wave_rows(config, sequences, length), length)
+
+
+def isa_in_use() -> str:
+    """The instruction set of the kernels that compute: portable, avx2, avx512; or reference. Raises KernelError."""
+    return dispatch.isa()
+
+
+def _require_room(checkpoint: Checkpoint, packed: bool, tokens: int) -> None:
+    """Raise DoesNotFit if the weights fit (loading them checks that), but not with a KV cache for so many tokens."""
+    tokens = min(tokens, checkpoint.config.max_positions)
+    weights = resident_bytes(checkpoint, torch.float32, packed)
+    cache = kv_bytes(checkpoint.config, 1, tokens)
+    if cache > 0 and weights <= available_memory():
+        require_memory(
+            weights + cache,
+            f"{checkpoint.name}: holding its weights ({weights / 1e6:,.1f} MB) "
+            f"and the KV cache for {tokens:,} tokens ({cache / 1e6:,.1f} MB)",
+            "ask for fewer tokens (--max-tokens) or shorten the prompt, or take a smaller model",
+        )
+
+
+def _wave_rows(config: ModelConfig, sequences: int, length: int) -> int:
+    """How many sequences of so many tokens are sampled at once.
+
+    Free memory has no say: logits may differ in their last bits from one batch size to another, and the same seed is to
+    give the same tokens however busy the machine is.
+    """
+    return min(sequences, MAX_BATCH, max(1, WAVE_BYTES // kv_bytes(config, 1, length)))

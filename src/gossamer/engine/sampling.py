@@ -11,6 +11,9 @@ from torch import Tensor
 from ..errors import EngineError
 from .params import SamplingParams
 
+COLDEST = 1e-30
+"""A temperature below this is taken as this: float32 cannot hold it, and even far above only the likeliest is drawn."""
+
 
 class Sampler:
     """The sampling state of one request: its params, and a generator if it draws."""
@@ -26,16 +29,29 @@ class Sampler:
         """The next token from logits float32 [vocab_size]."""
         if self.generator is None:
             return int(logits.argmax())
-        logits, tokens = truncate(logits / self.params.temperature, self.params)
+        logits, tokens = truncate(scaled(logits, self.params.temperature), self.params)
         at = int(draw(logits.unsqueeze(0), torch.rand(1, generator=self.generator)))
         return at if tokens is None else int(tokens[at])
 
 
 def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """One token for each row of logits [rows, vocab_size]. Raises EngineError if a row is not finite."""
+    require_finite(logits)
+    return [sampler.sample(row) for sampler, row in zip(samplers, logits, strict=True)]
+
+
+def require_finite(logits: Tensor) -> None:
+    """Raise EngineError unless every row of logits [rows, vocab_size] has a likeliest token; some may be impossible."""
     if not bool(logits.amax(-1).isfinite().all()):  # NaN and +inf both reach the maximum
         raise EngineError("the model's logits are not finite", hint="gossamer eval shows what its weights are worth")
-    return [sampler.sample(row) for sampler, row in zip(samplers, logits, strict=True)]
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits [..., vocab_size] over a temperature above 0, less their maximum: the likeliest token is at 0.
+
+    Divided first, they would overflow to infinity at a low temperature, and infinity less infinity is no number.
+    """
+    return (logits - logits.amax(-1, keepdim=True)) / max(temperature, COLDEST)
 
 
 def truncate(logits: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor | None]:

@@ -73,9 +73,9 @@ class Sequence:
         if stopped:
             self.finish_reason = "stop"
         elif len(self.tokens) >= self.limit:
-            self.finish_reason = "length"
-            rest, cut = self._stops.push(self._stream.flush(), may_stop)
-            text += rest if cut else rest + self._stops.flush()
+            rest, stopped = self._stops.push(self._stream.flush(), may_stop)
+            text += rest + self._stops.flush()  # of a stop text that was found, nothing is held
+            self.finish_reason = "stop" if stopped else "length"
         return self._released(text, token)
 
     def completion(self) -> Completion:

@@ -7,7 +7,7 @@ import torch
 
 from gossamer.checkpoint import Tokenizer, memory, open_checkpoint
 from gossamer.checkpoint.load import load_decoder, resident_bytes
-from gossamer.engine import LLM, SamplingParams, reference
+from gossamer.engine import LLM, SamplingParams, isa_in_use, reference, sampling_bytes
 from gossamer.engine import llm as llm_module
 from gossamer.errors import DoesNotFit, EngineError, UnknownName
 from gossamer.formats.linear import DenseLinear, PackedLinear
@@ -136,6 +136,38 @@ def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(llm, monkeypatch)
         llm.generate(["hello"], SamplingParams(max_tokens=20))
 
 
+def test_a_request_that_does_not_fit_beside_the_weights_is_refused_before_they_are_loaded(tiny_model, monkeypatch):
+    weights = resident_bytes(open_checkpoint(tiny_model), torch.float32, packed=True)
+    cache = 4 * 2 * 2 * 2 * 16 * 50
+    free = weights + cache - 1
+    monkeypatch.setattr(memory, "available_memory", lambda: free)
+    monkeypatch.setattr(llm_module, "available_memory", lambda: free)
+    loaded = []
+    real = llm_module.load_decoder
+    monkeypatch.setattr(llm_module, "load_decoder", lambda *a, **k: loaded.append(1) or real(*a, **k))
+    with pytest.raises(DoesNotFit, match=rf"cache for 50 tokens \(0.0 MB\) takes {(free + 1) / 1e6:.1f} MB") as caught:
+        LLM(tiny_model, reserve_tokens=50)
+    assert "--max-tokens" in caught.value.hint
+    assert not loaded
+    LLM(tiny_model, reserve_tokens=49)
+    assert loaded
+
+
+def test_no_more_is_reserved_than_the_context_holds(tiny_model, monkeypatch):
+    enough = resident_bytes(open_checkpoint(tiny_model), torch.float32, packed=True) + 4 * 2 * 2 * 2 * 16 * 96
+    monkeypatch.setattr(memory, "available_memory", lambda: enough)
+    monkeypatch.setattr(llm_module, "available_memory", lambda: enough)
+    LLM(tiny_model, reserve_tokens=1 << 20)
+
+
+def test_weights_that_do_not_fit_by_themselves_are_not_blamed_on_the_request(tiny_model, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    monkeypatch.setattr(llm_module, "available_memory", lambda: 1000)
+    with pytest.raises(DoesNotFit, match="its weights") as caught:
+        LLM(tiny_model, reserve_tokens=50)
+    assert "--max-tokens" not in caught.value.hint
+
+
 def test_many_prompts_are_run_a_few_at_a_time_when_memory_is_short(llm, monkeypatch):
     sizes = []
 
@@ -246,6 +278,59 @@ def test_first_samples_follow_the_distribution_after_the_start_token(llm):
     n = 4000
     shares = llm.sample_tokens(n, 1, seed=5)[:, 0].bincount(minlength=len(probabilities)) / n
     assert (shares - probabilities).abs().max() < 5 * 0.5 / n**0.5
+
+
+def test_many_samples_take_no_more_memory_than_one_wave(llm, monkeypatch):
+    sizes, steps = [], []
+
+    class Counted(reference.Batch):
+        def __init__(self, decoder, prompts, max_length):
+            sizes.append(len(prompts))
+            super().__init__(decoder, prompts, max_length)
+
+    monkeypatch.setattr(llm_module, "Batch", Counted)
+    whole = llm.sample_tokens(7, 10, seed=3)
+    monkeypatch.setattr(llm_module, "WAVE_BYTES", 3 * reference.kv_bytes(llm.config, 1, 10) + 1)
+    waves = llm.sample_tokens(7, 10, seed=3, progress=lambda label, done, total: steps.append((done, total)))
+    assert sizes == [7, 3, 3, 1]
+    assert torch.equal(whole, waves)
+    assert steps == [(n, 30) for n in range(1, 31)]
+    monkeypatch.undo()
+    monkeypatch.setattr(llm_module, "Batch", Counted)
+    llm.sample_tokens(70, 1, seed=3)
+    assert sizes[4:] == [32, 32, 6]
+
+
+def test_waves_do_not_depend_on_what_is_free(llm, monkeypatch):
+    monkeypatch.setattr(memory, "available_memory", lambda: reference.kv_bytes(llm.config, 5, 10) - 1)
+    with pytest.raises(DoesNotFit):
+        llm.sample_tokens(5, 10, seed=3)
+
+
+def test_sampling_takes_the_weights_and_the_cache_of_one_wave(packed):
+    weights = resident_bytes(packed.checkpoint, torch.float32, packed=True)
+    cache = reference.kv_bytes(packed.config, 1, 20)
+    assert sampling_bytes(packed.checkpoint, 3, 20) == weights + 3 * cache
+    assert sampling_bytes(packed.checkpoint, 1000, 20) == weights + llm_module.MAX_BATCH * cache
+    long = llm_module.WAVE_BYTES // reference.kv_bytes(packed.config, 1, 1) // 2 + 1  # not even two of them in a wave
+    assert sampling_bytes(packed.checkpoint, 1000, long) == weights + long * reference.kv_bytes(packed.config, 1, 1)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_no_samples(llm, monkeypatch, broken):
+    monkeypatch.setattr(type(llm.decoder), "logits", lambda self, x: torch.full((len(x), 259), broken))
+    with pytest.raises(EngineError, match="not finite"):
+        llm.sample_tokens(2, 5, seed=0)
+
+
+def test_samples_at_a_tiny_temperature_are_the_greedy_ones(llm):
+    assert torch.equal(llm.sample_tokens(1, 8, seed=0, temperature=1e-45), llm.sample_tokens(1, 8, 0, 1e-6))
+
+
+def test_the_instruction_set_in_use_is_named(monkeypatch):
+    assert isa_in_use() in {"portable", "avx2", "avx512", "reference"}
+    monkeypatch.setenv("GOSSAMER_KERNELS", "reference")
+    assert isa_in_use() == "reference"
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gossamer.engine.params import SamplingParams
-from gossamer.engine.sampling import Sampler, draw, sample, truncate
+from gossamer.engine.sampling import Sampler, draw, sample, scaled, truncate
 from gossamer.errors import EngineError
 
 LOGITS = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
@@ -59,6 +59,18 @@ def test_an_impossible_token_is_never_drawn():
 def test_low_temperature_sharpens():
     sampler = Sampler(SamplingParams(temperature=0.05, seed=0))
     assert {sampler.sample(LOGITS) for _ in range(50)} == {0}
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-39, 1e-50, 5e-324])
+@pytest.mark.parametrize("fields", [{}, {"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_tiny_temperature_takes_the_likeliest(temperature, fields):
+    sampler = Sampler(SamplingParams(temperature=temperature, seed=0, **fields))
+    assert {sampler.sample(LOGITS[[2, 0, 3, 1]] * 1e3) for _ in range(20)} == {1}
+
+
+def test_at_temperature_1_scaling_changes_no_probability():
+    logits = torch.randn(4, 5000, generator=torch.Generator().manual_seed(2)) * 8
+    assert torch.equal(scaled(logits, 1.0).softmax(-1), logits.softmax(-1))
 
 
 def test_the_same_seed_draws_the_same_whatever_else_is_in_the_batch():

@@ -54,7 +54,8 @@ def test_what_was_held_back_is_shown_at_the_end():
 
 
 def test_a_stop_text_that_the_last_flush_completes_still_stops():
-    assert run("xa~", limit=3, stop=("a~",))[0].text == "x"
+    sequence = run("xa~", limit=3, stop=("a~",))[0]
+    assert (sequence.text, sequence.finish_reason) == ("x", "stop")
 
 
 def test_an_end_token_ends_it_and_has_no_text():
