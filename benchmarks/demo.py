@@ -24,7 +24,15 @@ BENCH = ("--prompt-tokens", "256", "--output-tokens", "48", "--repetitions", "3"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    out: Path = parser.parse_args().out
+    try:
+        run(parser.parse_args().out)
+    except KeyboardInterrupt:
+        return 130  # what was finished is there, and is not made again
+    return 0
+
+
+def run(out: Path) -> None:
+    """Every step into this folder."""
     started = time.monotonic()
     baseline, results = out / "smollm2", out / "results.jsonl"
     out.mkdir(parents=True, exist_ok=True)
@@ -51,7 +59,6 @@ def main() -> int:
         "SmolLM2-135M, smaller by several recipes",
     )
     print(f"\n{time.monotonic() - started:.0f} s; open {report} in a browser", file=sys.stderr)
-    return 0
 
 
 def gossamer(*arguments: object) -> None:

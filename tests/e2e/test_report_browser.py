@@ -25,8 +25,8 @@ import pytest
 
 from gossamer.report import load, render_html
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (Debian: apt-get install chromium)")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, no google-chrome (apt-get install chromium)")
 
 WATCH = """
 window.seen = { violations: [], errors: [] };

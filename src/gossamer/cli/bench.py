@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ import typer
 from ..errors import UsageError
 from ._console import progress
 from ._options import Json, Quiet, Weights
-from .eval import Engine, Models, Out, Threads, exit_code, make_table, number, print_table, take
+from .eval import Engine, Models, Out, Threads, check_out, exit_code, make_table, number, print_table, take
 
 
 def bench(
@@ -36,11 +37,11 @@ def bench(
     from ..measure.run import bench_models, check_engine
 
     check_engine(engine)
+    check_out(out)
     plans = [SpeedPlan(prompt_tokens, output_tokens, n, repetitions, warmup) for n in _sizes(batch)]
-    records = []
     with progress(quiet) as report:
-        for plan in plans:
-            records += take(bench_models(models, plan, report, weights, threads), out, json)
+        ran = (bench_models(models, plan, report, weights, threads) for plan in plans)
+        records = take(chain.from_iterable(ran), out, json)
     if not json:
         _show(records)
     return exit_code(records)
@@ -59,11 +60,13 @@ def _show(records: Sequence[dict[str, Any]]) -> None:
     columns = ("model", "batch", *memory, "load s", "TTFT s", "prefill t/s", "decode t/s")
     p = records[0]["protocol"]
     computed = any(r["results"].get("rm_kv_source") == "computed" for r in records)
+    alone = dict.fromkeys(r["model"]["name"] for r in records if r["protocol"].get("turns") == "alone")
     print_table(
         records,
         make_table(columns, [_row(record) for record in records]),
         f"prompt {p['prompt_tokens']}, output {p['output_tokens']} tokens, median of {p['repetitions']} after "
         f"{p['warmup']} warm-up, in turns; {p['weights']} weights"
+        + (f"; no room beside the others, so alone after them: {', '.join(alone)}" if alone else "")
         + ("; * KV from the model's shape, too small to be measured" if computed else ""),
     )
 

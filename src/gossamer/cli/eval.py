@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 import typer
 
-from ._console import console, emit_json, progress
+from ..errors import GossamerError
+from ._console import console, emit_json, print_error, progress
 from ._options import Json, Quiet, Weights
 
 Models: TypeAlias = Annotated[
@@ -53,6 +54,7 @@ def eval_(
     from ..measure.run import EvalRequest, check_engine, evaluate_models
 
     check_engine(engine)
+    check_out(out)
     request = EvalRequest(
         corpus_source=corpus,
         corpus=load_corpus(corpus),
@@ -70,28 +72,50 @@ def eval_(
     return exit_code(records)
 
 
-def take(records: Any, out: Path | None, json: bool) -> list[dict[str, Any]]:
-    """Keep records as they come: in the file, on stdout with --json, and in a list."""
+def check_out(out: Path | None) -> None:
+    """Raises UsageError if records cannot be appended to --out: before the work, which would be lost."""
+    from ..measure.records import check_writable
+
+    if out is not None:
+        check_writable(out)
+
+
+class Taken(list[dict[str, Any]]):
+    """Records as they came, and what kept the file from taking some of them."""
+
+    unwritten: OSError | None = None
+
+
+def take(records: Iterable[dict[str, Any]], out: Path | None, json: bool) -> Taken:
+    """Keep records as they come: in the file, on stdout with --json, and in a list.
+
+    A disk that fills up while models are measured costs the file some records, not the user the table.
+    """
     from ..measure.records import append_record
 
-    kept = []
+    kept = Taken()
     for record in records:
+        kept.append(record)
         if out is not None:
-            append_record(out, record)
+            try:
+                append_record(out, record)
+            except OSError as error:
+                kept.unwritten = error
         if json:
             emit_json(record)
-        kept.append(record)
     return kept
 
 
-def exit_code(records: Sequence[dict[str, Any]]) -> int:
-    """1 if any measurement failed; each failure is said on stderr."""
+def exit_code(records: Taken) -> int:
+    """1 if any measurement failed or is missing in the file; each failure is said on stderr."""
     from rich.text import Text
 
     failed = [record for record in records if record["status"] == "failed"]
     for record in failed:
         console().print(Text.assemble(("failed: ", "bold red"), f"{record['model']['name']}: {record['error']}"))
-    return 1 if failed else 0
+    if records.unwritten is not None:
+        print_error(GossamerError(f"not every record could be written: {records.unwritten}"))
+    return 1 if failed or records.unwritten is not None else 0
 
 
 def make_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
@@ -112,6 +136,8 @@ def print_table(records: Sequence[dict[str, Any]], table: Any, protocol: str) ->
     from rich.console import Console
     from rich.text import Text
 
+    from ..report.sources import source_sentence
+
     screen = Console(highlight=False, soft_wrap=True)
     if not screen.is_terminal:
         screen = Console(highlight=False, width=10_000)  # a file is not wrapped to a terminal that is not there
@@ -119,11 +145,12 @@ def print_table(records: Sequence[dict[str, Any]], table: Any, protocol: str) ->
     machine = records[0]["machine"]
     screen.print(Text(f"{protocol}; {machine['threads']} threads, {machine['cpu']} ({machine['isa']})", style="dim"))
     by_note: dict[str, list[str]] = {}
-    for record in records:
-        if record["model"]["note"]:
-            by_note.setdefault(record["model"]["note"], []).append(record["model"]["name"])
+    for model in (record["model"] for record in records):
+        if model["note"]:
+            note = source_sentence(model["note"], model["bits_per_weight"], model["format"])
+            by_note.setdefault(note, []).append(model["name"])
     for note, names in by_note.items():
-        screen.print(Text(f"{', '.join(names)}: {note}", style="dim"))
+        screen.print(Text(f"{', '.join(dict.fromkeys(names))}: {note}", style="dim"))
 
 
 def number(value: float | None, digits: int) -> str:
@@ -136,10 +163,12 @@ def _show(records: Sequence[dict[str, Any]]) -> None:
     table = make_table(columns, [_row(record) for record in records])
     p = next((r["protocol"] for r in records if r["status"] == "ok"), records[0]["protocol"])
     against = f", against {p['reference']}" if p["reference"] else ""
+    scored = "nothing" if p["windows"] is None else f"{p['tokens_scored']} tokens"
+    windows = "windows" if p["windows"] is None else f"{p['windows']} windows"
     print_table(
         records,
         table,
-        f"{p['corpus']} ({p['corpus_sha256'][:8]}): {p['tokens_scored']} tokens scored in {p['windows']} windows of "
+        f"{p['corpus']} ({p['corpus_sha256'][:8]}): {scored} scored in {windows} of "
         f"{p['context']}, the last {p['scored']} of each, stride {p['stride']}{against}; {p['weights']} weights",
     )
     _show_samples(records)

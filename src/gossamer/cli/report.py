@@ -43,4 +43,9 @@ def report(
     if not quiet:
         for path in (markdown, html):
             if path is not None:
-                sys.stderr.write(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)\n")
+                sys.stderr.write(f"wrote {path} ({_size(path.stat().st_size)})\n")
+
+
+def _size(count: int) -> str:
+    """Bytes in the unit that leaves digits to see."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"

@@ -50,20 +50,44 @@ def load_corpus(source: str | Path) -> Corpus:
     return Corpus(path.name, _decode(path.read_bytes(), str(path)))
 
 
-def check_contamination(corpus: Corpus, manifest: Mapping[str, Any] | None, model: str) -> None:
-    """Raises Contaminated if the text that calibrated `model`, by its manifest, is this one or shares lines with it."""
-    calibration = (manifest or {}).get("calibration") or {}
-    details = calibration.get("details") or {}
-    if corpus.sha256 in (calibration.get("sha256"), details.get("text_sha256")):
-        share = 1.0
-    else:
-        lines = line_hashes(corpus.text)
-        share = len(set(lines).intersection(calibration.get("line_hashes") or ())) / max(len(lines), 1)
+def check_contamination(
+    corpus: Corpus, manifest: Mapping[str, Any] | None, model: str, judged: str | None = None
+) -> None:
+    """Raises Contaminated if a text that calibrated `model` is this one, or shares lines with it or its judged part.
+
+    `judged` is the part that is scored, where that is not all: a few known pages are little of a book, but may be all
+    of its beginning. Texts that calibrated what the model was made from count as its own.
+    """
+    texts = _calibrations(manifest)
+    known = {line for text in texts for line in text.get("line_hashes") or ()}
+    shares = {"": 1.0 if _is_one_of(corpus, texts) else _share(corpus.text, known)}
+    if judged is not None:
+        shares["the judged part of "] = _share(judged, known)
+    part, share = max(shares.items(), key=lambda entry: entry[1])
     if share > TOLERATED_SHARE:
         raise Contaminated(
-            f"{model} was calibrated on {share:.1%} of corpus {corpus.name}: its perplexity there would flatter it",
+            f"{model} was calibrated on {share:.1%} of {part}corpus {corpus.name}: "
+            "its perplexity there would flatter it",
             hint="judge it on another text with --corpus, or calibrate on another one",
         )
+
+
+def _calibrations(manifest: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """What calibrated a model and the models that it was made from, as its manifest tells."""
+    manifest = manifest or {}
+    own, base = manifest.get("calibration"), manifest.get("base") or {}
+    return [*([own] if own else []), *(base.get("calibrations") or [])]
+
+
+def _is_one_of(corpus: Corpus, texts: list[Mapping[str, Any]]) -> bool:
+    prints = [print_ for t in texts for print_ in (t.get("sha256"), (t.get("details") or {}).get("text_sha256"))]
+    return corpus.sha256 in prints
+
+
+def _share(text: str, known: set[str]) -> float:
+    """Share of the distinct long lines of a text that are known."""
+    lines = line_hashes(text) if known else []
+    return len(known.intersection(lines)) / max(len(lines), 1)
 
 
 def _pydoc_topics() -> Corpus:

@@ -6,7 +6,9 @@ reported as facts before the work that may fail. Knows nothing of the parent, of
 
 from __future__ import annotations
 
+import hashlib
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 from .. import settings
 from ..checkpoint import Checkpoint, Tokenizer, open_checkpoint
 from ..checkpoint.load import load_decoder
+from ..engine import isa_in_use
 from ..engine.llm import LLM, Weights
 from ..errors import GossamerError, MeasureError
 from ..model.decoder import Decoder
@@ -45,6 +48,7 @@ def evaluate_models(
     For each model, in order: {"results": {...}} or {"error": {"kind", "message", "hint"}}.
     """
     torch.set_num_threads(settings.threads())
+    channel.fact("kernels", isa_in_use())
     text, windows = load_corpus(corpus), WindowPlan(**plan)
     if text.sha256 != corpus_sha256:
         raise MeasureError(f"{corpus} changed while it was being measured on")
@@ -52,7 +56,7 @@ def evaluate_models(
     try:
         anchor = None if reference is None else judge.load_reference(reference)
     except GossamerError as error:
-        return [{"error": describe(error)} for _ in models]
+        return [_failure(error)] * len(models)
     answers: list[dict[str, Any]] = [{} for _ in models]
     decoders: dict[int, Decoder] = {}
     for index, name in enumerate(models):
@@ -62,15 +66,17 @@ def evaluate_models(
                 sample_prompts(judge.checkpoints[index].tokenizer(), 1)
         except GossamerError as error:
             decoders.pop(index, None)
-            answers[index] = {"error": describe(error)}
+            answers[index] = _failure(error)
     if not decoders:
         return answers
     outcomes = evaluate(list(decoders.values()), anchor, judge.ids, windows, partial(channel.progress, "judging"))
-    for index, outcome in zip(decoders, outcomes, strict=True):
+    for done, (index, outcome) in enumerate(zip(decoders, outcomes, strict=True)):
+        channel.progress("answering", done, len(decoders))
         try:
             answers[index] = _answer(outcome, decoders[index], judge.checkpoints[index].tokenizer(), samples)
         except GossamerError as error:
-            answers[index] = {"error": describe(error)}
+            answers[index] = _failure(error)
+    channel.progress("answering", len(decoders), len(decoders))
     return answers
 
 
@@ -83,6 +89,7 @@ def bench_model(
     the process's own, import to end.
     """
     shape = SpeedPlan(**plan)
+    channel.fact("kernels", isa_in_use())
     speed.warm_libraries()
     began = time.perf_counter()
     checkpoint = open_checkpoint(model)
@@ -147,8 +154,8 @@ class _Judge:
         """Load one model, after every check that needs no weights. Raises GossamerError."""
         checkpoint = self.checkpoints[index] = open_checkpoint(name)
         self.channel.fact(f"model {index}", model_block(checkpoint))
-        check_contamination(self.corpus, checkpoint.manifest, name)
-        self._tokenize(checkpoint)
+        tokenizer = self._tokenize(checkpoint)
+        check_contamination(self.corpus, checkpoint.manifest, name, tokenizer.decode(self._judged().tolist()))
         if self._reference is not None:
             other, decoder = self._reference
             if checkpoint.config.vocab_size != other.config.vocab_size:
@@ -160,15 +167,17 @@ class _Judge:
                 return decoder
         return self._decoder(checkpoint)
 
-    def _tokenize(self, checkpoint: Checkpoint) -> None:
+    def _tokenize(self, checkpoint: Checkpoint) -> Tokenizer:
         """Tokens of the corpus by this model: those of the first stand for all. Raises MeasureError if they differ."""
-        ids = torch.tensor(checkpoint.tokenizer().encode(self.corpus.text)[: self.limit], dtype=torch.int64)
+        tokenizer = checkpoint.tokenizer()
+        ids = torch.tensor(tokenizer.encode(self.corpus.text)[: self.limit], dtype=torch.int64)
         config = checkpoint.config
         if self.plan.context > config.max_positions:
             raise MeasureError(
                 f"{checkpoint.name} sees {config.max_positions} tokens, not {self.plan.context}", hint="lower --context"
             )
-        if len(ids) and int(ids.max()) >= config.vocab_size:
+        self.plan.check(len(ids))
+        if int(ids.max()) >= config.vocab_size:
             raise MeasureError(
                 f"{checkpoint.name}: token {int(ids.max())} is past its vocabulary of {config.vocab_size}"
             )
@@ -177,15 +186,29 @@ class _Judge:
             windows = len(self.plan.starts(len(ids)))
             self.channel.fact("windows", windows)
             self.channel.fact("tokens_scored", windows * self.plan.scored)
+            self.channel.fact(
+                "tokens_sha256", hashlib.sha256(self._judged().numpy().astype("<i8").tobytes()).hexdigest()
+            )
         elif not torch.equal(ids, self.ids):
             raise MeasureError(
                 f"{checkpoint.name} splits the text into other tokens than the reference",
                 hint="divergence needs one tokenizer: leave --reference away",
             )
+        return tokenizer
+
+    def _judged(self) -> torch.Tensor:
+        """The tokens [n] of all complete windows, from the first to the end of the last."""
+        return self.ids[: self.plan.starts(len(self.ids))[-1] + self.plan.context]
 
     def _decoder(self, checkpoint: Checkpoint) -> Decoder:
         progress = loading(self.channel, checkpoint)
         return load_decoder(checkpoint, torch.float32, progress, packed=self.weights == "stored")
+
+
+def _failure(error: GossamerError) -> dict[str, Any]:
+    """The answer for a model that failed; where from goes to stderr, for those who debug."""
+    traceback.print_exception(error)
+    return {"error": describe(error)}
 
 
 def _answer(outcome: Quality | MeasureError, decoder: Decoder, tokenizer: Tokenizer, samples: int) -> dict[str, Any]:

@@ -32,6 +32,14 @@ class WindowPlan:
         """Where each complete window of a text of this many tokens starts."""
         return range(0, tokens - self.context + 1, self.stride)
 
+    def check(self, tokens: int) -> None:
+        """Raises MeasureError if a text of this many tokens has no complete window."""
+        if tokens < self.context:
+            raise MeasureError(
+                f"the text has {tokens} tokens, less than one window of {self.context}",
+                hint="lower --context, or judge more --tokens",
+            )
+
 
 @dataclass(frozen=True)
 class SpeedPlan:

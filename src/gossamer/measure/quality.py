@@ -63,11 +63,8 @@ def evaluate(
     A model that yields NaN or infinity gives a MeasureError in its place and the others go on; a reference that does,
     or a text shorter than one window, raises it. A model that *is* the reference is computed once.
     """
+    plan.check(len(tokens))
     starts = plan.starts(len(tokens))
-    if not starts:
-        raise MeasureError(
-            f"the text has {len(tokens)} tokens, less than one window of {plan.context}", hint="lower --context"
-        )
     anchor = None if reference is None else _Scorer(reference)
     scorers = [anchor if anchor is not None and model is reference else _Scorer(model) for model in models]
     for done, start in enumerate(starts):

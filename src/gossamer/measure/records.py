@@ -7,9 +7,11 @@ A record says what was measured (model), by what (engine), on what (machine), ho
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import re
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from .. import __version__, settings
 from ..checkpoint.memory import total_memory
+from ..errors import UsageError
 
 if TYPE_CHECKING:
     from ..checkpoint.base import Checkpoint
@@ -69,28 +72,40 @@ def make_record(
 def model_block(checkpoint: Checkpoint) -> Record:
     """What a record says about a model; reads the whole model once for its fingerprint (cached)."""
     manifest = checkpoint.manifest or {}
+    base = manifest.get("base") or {}
     return {
         "name": checkpoint.name,
         "path": str(checkpoint.path),
         "fingerprint": checkpoint.fingerprint(),
-        "base": (manifest.get("base") or {}).get("name"),
+        "base": base.get("name"),
+        "base_fingerprint": base.get("fingerprint"),
         "recipe": (manifest.get("recipe") or {}).get("name"),
         "note": checkpoint.source_note,
         "parameters": checkpoint.parameters(),
         "weight_bytes": checkpoint.weight_bytes(),
         "bits_per_weight": round(checkpoint.bits_per_weight(), 4),
+        "format": _main_format(checkpoint),
     }
+
+
+def _main_format(checkpoint: Checkpoint) -> str:
+    """The format that holds most of the weights, such as `bf16` or `int4-g64`."""
+    weights: Counter[str] = Counter()
+    for name in checkpoint.names():
+        weights[checkpoint.format(name).name] += math.prod(checkpoint.shape(name))
+    return weights.most_common(1)[0][0]
 
 
 def unknown_model_block(name: str) -> Record:
     """The model block of a failed record whose model could not even be opened."""
-    keys = ("path", "fingerprint", "base", "recipe", "note", "parameters", "weight_bytes", "bits_per_weight")
-    return {"name": name, **dict.fromkeys(keys)}
+    facts = ("path", "fingerprint", "base", "base_fingerprint", "recipe", "note")
+    numbers = ("parameters", "weight_bytes", "bits_per_weight", "format")
+    return {"name": name, **dict.fromkeys((*facts, *numbers))}
 
 
-def engine_block(dtype: str = "float32", backend: str = "reference") -> Record:
-    """What a record says about Gossamer's own engine."""
-    return {"name": "gossamer", "backend": backend, "version": __version__, "dtype": dtype}
+def engine_block(dtype: str = "float32", backend: str = "reference", kernels: str | None = None) -> Record:
+    """What a record says about Gossamer's own engine; `kernels` names their instruction set, None where unknown."""
+    return {"name": "gossamer", "backend": backend, "version": __version__, "dtype": dtype, "kernels": kernels}
 
 
 def machine_block(threads: int | None = None) -> Record:
@@ -114,12 +129,27 @@ def isa() -> str:
     return "+".join(short for flag, short in _ISA.items() if flag in flags) or platform.machine()
 
 
+def check_writable(path: str | Path) -> None:
+    """Open the file that records will be appended to, and make it if absent, so that no work is done for nothing.
+
+    Raises UsageError naming the path.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"{path}: is a folder", hint="name a .jsonl file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(_open(path))
+    except OSError as error:
+        raise UsageError(f"{path}: records cannot be written there: {error.strerror or error}") from error
+
+
 def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
     """Append one line with one write and fsync it, so that runs in parallel never mix. Refuses NaN (ValueError)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    handle = _open(path)
     try:
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
@@ -129,6 +159,10 @@ def append_record(path: str | Path, record: Mapping[str, Any]) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
 
 
 def _cpuinfo() -> str:

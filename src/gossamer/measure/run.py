@@ -2,7 +2,8 @@
 
 Quality: models that share a reference are judged side by side, so that the reference is computed once; a model that
 did not fit beside the others, or whose process died with them, is tried once more alone. Speed: all models stay loaded
-and take turns, A B A B, so that a machine that drifts drifts for all alike. Knows no command line, and no tensor.
+and take turns, A B A B, so that a machine that drifts drifts for all alike; one that finds no room beside the others
+runs alone after them, and its protocol says so. Knows no command line, and no tensor.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ def _evaluate_group(models: Sequence[str], request: EvalRequest, progress: Progr
             _eval_protocol(request, facts),
             answer,
             request.threads,
+            facts.get("kernels"),
         )
 
 
@@ -105,10 +107,13 @@ def _eval_protocol(request: EvalRequest, facts: dict[str, Any]) -> dict[str, Any
         "corpus": request.corpus.name,
         "corpus_sha256": request.corpus.sha256,
         **asdict(request.plan),
+        "tokens": request.tokens,
         "windows": facts.get("windows"),
         "tokens_scored": facts.get("tokens_scored"),
+        "tokens_sha256": facts.get("tokens_sha256"),
         "reference": request.reference,
         "reference_fingerprint": facts.get("reference_fingerprint"),
+        "samples": request.samples,
         "weights": request.weights,
         "threads": _threads(request.threads),
     }
@@ -122,37 +127,53 @@ def bench_models(
     threads: int | None = None,
 ) -> Iterator[Record]:
     """One bench record for each model, in order: loaded one after another, then run in turns."""
-    with ExitStack() as stack:
-        racers = [_Racer(stack, model, plan, weights, threads, progress) for model in models]
-        runs = plan.warmup + plan.repetitions
-        for turn in range(runs):
-            for racer in racers:
-                racer.step()
-            progress("timing", turn + 1, runs)
-        for racer in racers:
-            racer.step()
     protocol = {**asdict(plan), "weights": weights, "threads": _threads(threads)}
-    for racer in racers:
-        model = racer.facts.get("model") or unknown_model_block(racer.model)
-        yield _record("bench", model, protocol, racer.answer, threads)
+    for racer in _race(models, plan, progress, weights, threads):
+        alone = racer.crowded_out
+        ran = _race([racer.model], plan, progress, weights, threads)[0] if alone else racer
+        yield _record(
+            "bench",
+            ran.facts.get("model") or unknown_model_block(ran.model),
+            {**protocol, "turns": "alone"} if alone else protocol,
+            ran.answer,
+            threads,
+            ran.facts.get("kernels"),
+        )
+
+
+def _race(
+    models: Sequence[str], plan: SpeedPlan, progress: Progress, weights: Weights, threads: int | None
+) -> list[_Racer]:
+    """Models that have run in turns, one repetition each, all of them loaded; none is alive any more."""
+    runs = plan.warmup + plan.repetitions
+    with ExitStack() as stack:
+        racers: list[_Racer] = []
+        for model in models:
+            arguments = {"model": model, "plan": asdict(plan), "weights": weights}
+            worker = stack.enter_context(Worker(Job("gossamer.measure.jobs:bench_model", arguments, threads), progress))
+            racers.append(_Racer(model, worker))
+            racers[-1].step(racers)  # loads
+        for turn in range(runs):
+            progress("timing", turn, runs)
+            for racer in racers:
+                racer.step(racers)
+        progress("timing", runs, runs)
+        for racer in racers:
+            racer.step(racers)
+    return racers
 
 
 class _Racer:
-    """One model in its own process, loaded, that runs once whenever it is told to."""
+    """One model in its own process that loads, and then runs once whenever it is told to."""
 
-    def __init__(
-        self, stack: ExitStack, model: str, plan: SpeedPlan, weights: str, threads: int | None, progress: Progress
-    ) -> None:
-        self.model = model
+    def __init__(self, model: str, worker: Worker) -> None:
+        self.model, self.facts = model, worker.facts
         self.answer: dict[str, Any] = {}
-        job = Job(
-            "gossamer.measure.jobs:bench_model", {"model": model, "plan": asdict(plan), "weights": weights}, threads
-        )
-        self._worker = stack.enter_context(Worker(job, progress))
-        self.facts = self._worker.facts
-        self.step()
+        self.crowded_out = False
+        """True if it failed while others were loaded, in a way that may have been for want of room."""
+        self._worker = worker
 
-    def step(self) -> None:
+    def step(self, racers: Sequence[_Racer]) -> None:
         """Take the worker's next value: nothing, or at the end the results. A worker that failed is let go."""
         if "error" in self.answer:
             return
@@ -160,19 +181,27 @@ class _Racer:
             value = next(self._worker)
         except WorkerError as error:
             self.answer = _failure(error)
+            self.crowded_out = _worth_another_try(self.answer["error"]) and any(
+                "error" not in other.answer for other in racers
+            )
             self._worker.close(kill=True)
         else:
             self.answer = {} if value is None else {"results": value}
 
 
 def _record(
-    kind: Kind, model: dict[str, Any], protocol: dict[str, Any], answer: dict[str, Any], threads: int | None
+    kind: Kind,
+    model: dict[str, Any],
+    protocol: dict[str, Any],
+    answer: dict[str, Any],
+    threads: int | None,
+    kernels: str | None,
 ) -> Record:
     error = answer.get("error")
     return make_record(
         kind,
         model=model,
-        engine=engine_block(),
+        engine=engine_block(kernels=kernels),
         protocol=protocol,
         results=answer.get("results"),
         error=None if error is None else f"{error['kind']}: {error['message']}" + _parenthesis(error["hint"]),

@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self, TypeAlias
 
+from .. import settings
 from ..errors import GossamerError, MeasureError
 
 Progress: TypeAlias = Callable[[str, int, int], None]
@@ -106,7 +107,10 @@ class Worker(Iterator[Any]):
                     raise StopIteration
 
     def close(self, kill: bool = False) -> None:
-        """End the child: by the end of its input, or at once. Safe to call twice."""
+        """End the child: by the end of its input, or at once. Safe to call twice.
+
+        With GOSSAMER_DEBUG, what it wrote on stderr is shown: its traceback, if it failed.
+        """
         if kill:
             self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -118,6 +122,8 @@ class Worker(Iterator[Any]):
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        if settings.debugging() and not self._stderr.closed:
+            sys.stderr.write(self._said())
         self._stderr.close()
 
     def __enter__(self) -> Self:
@@ -147,9 +153,13 @@ class Worker(Iterator[Any]):
         if code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
             return "the worker ran out of memory: killed by the kernel's out-of-memory killer (SIGKILL)"
         cause = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended early with exit code {code}"
-        self._stderr.seek(0)
-        said = self._stderr.read().decode(errors="replace").strip().splitlines()
+        said = self._said().strip().splitlines()
         return f"the worker {cause}" + (f"; its last words: {said[-1].strip()[:300]}" if said else "")
+
+    def _said(self) -> str:
+        """All that the child wrote on stderr so far."""
+        self._stderr.seek(0)
+        return self._stderr.read().decode(errors="replace")
 
 
 def run_job(job: Job, progress: Progress = _silent) -> Any:

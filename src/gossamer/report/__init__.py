@@ -2,7 +2,7 @@
 
 Knows only JSON lines: no model, no engine, no measuring. What the records do not say, the report does not claim.
 
-    load(paths) -> list[Row]            one row per model and engine, the baseline first
+    load(paths) -> list[Row]            one row per model, engine and protocol, the baseline first
     render_table(rows, console)         for a terminal (rich)
     to_markdown(rows) -> str            for a README
     to_json(rows) -> str                for a program

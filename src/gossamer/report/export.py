@@ -15,7 +15,7 @@ from .columns import COLUMNS
 from .protocol import notes, protocols
 from .rows import Row
 
-_FACTS = ("name", "fingerprint", "base", "recipe", "note", "parameters", "baseline", "engine", "failed")
+_FACTS = ("name", "fingerprint", "base", "recipe", "note", "format", "parameters", "baseline", "engine", "failed")
 
 
 def to_json(rows: Sequence[Row]) -> str:

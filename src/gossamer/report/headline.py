@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from .protocol import protocols
-from .rows import Row, finite, reference_of
+from .protocol import Protocols, protocols
+from .rows import Row, finite, references_of
+from .sources import held_as
 from .text import amount, clean, megabytes, quality
 
 Pair: TypeAlias = tuple[Row, Row]
@@ -21,7 +22,8 @@ def headline(rows: Sequence[Row]) -> tuple[str, str]:
     sound = [row for row in rows if not row.failed]
     if not sound:
         return "No measurement succeeded", "Every run failed; the reasons stand below the table."
-    compressed = [(row, reference) for row in sound if (reference := reference_of(row, rows)) and not reference.failed]
+    found = protocols(rows)
+    compressed = [(row, reference) for row in sound if (reference := _counterpart(row, rows, found))]
     judged = [(row, ref) for row, ref in compressed if finite(row.top1_agreement) is not None and row.size_bytes]
     if judged:
         return _agreement(*_one_protocol(judged, rows))
@@ -29,11 +31,21 @@ def headline(rows: Sequence[Row]) -> tuple[str, str]:
     if measured:
         row, reference = min(measured, key=lambda pair: finite(pair[0].perplexity) or 0)
         sentence = (
-            f"{clean(row.label)} reaches perplexity {quality(row.perplexity or 0)} against the baseline\u2019s "
+            f"{clean(row.label)} reaches perplexity {quality(row.perplexity or 0)} against {_whose(reference)} "
             f"{quality(reference.perplexity or 0)}{_size(row, reference, 'its')}"
         )
         return sentence, "The lowest perplexity of the compressed models; no divergence to the baseline was measured."
     return _alone(sound, len(rows))
+
+
+def _counterpart(row: Row, rows: Sequence[Row], found: Protocols) -> Row | None:
+    """The sound row of the reference that shares most of this row's protocols; None if there is none."""
+    marks = found.marks(rows.index(row))
+
+    def shared(other: Row) -> int:
+        return sum(ours == theirs for ours, theirs in zip(marks, found.marks(rows.index(other)), strict=True))
+
+    return max((other for other in references_of(row, rows) if not other.failed), key=shared, default=None)
 
 
 def _one_protocol(judged: list[Pair], rows: Sequence[Row]) -> tuple[list[Pair], Sequence[Row], str]:
@@ -48,19 +60,37 @@ def _agreement(judged: list[Pair], rows: Sequence[Row], mark: str) -> tuple[str,
     """The smallest model that keeps enough, or else the one that keeps most."""
     enough = [pair for pair in judged if (pair[0].top1_agreement or 0) >= ENOUGH]
     if enough:
-        row, reference = min(enough, key=lambda pair: (pair[0].size_bytes or 0, -(pair[0].decode_tokens_per_s or 0)))
+        # Of one model under several speed protocols the first, which is the smallest batch, not the fastest.
+        marks = protocols(rows).marks
+        row, reference = min(
+            enough,
+            key=lambda pair: (
+                pair[0].size_bytes or 0,
+                marks(rows.index(pair[0]))[1],
+                -(pair[0].decode_tokens_per_s or 0),
+            ),
+        )
         why = f"The smallest model here that keeps at least {ENOUGH:.0%} top-1 agreement with {clean(reference.label)}"
     else:
         row, reference = max(judged, key=lambda pair: pair[0].top1_agreement or 0)
         why = f"The closest to {clean(reference.label)}; no model here keeps {ENOUGH:.0%} top-1 agreement"
-    why += f", under protocol {mark}." if mark else "."
+    speed = _speed(row, reference, rows)
+    used = " ".join(m for m in (mark, protocols(rows).marks(rows.index(row))[1] if speed else "") if m)
+    why += f", under protocol {used}." if used else "."
     # Rounding down: 99.6 % must not read as all of it.
     kept = int((row.top1_agreement or 0) * 100 + 1e-9)
-    return f"{clean(row.label)} keeps {kept}% top-1 agreement{_size(row, reference)}{_speed(row, reference, rows)}", why
+    return f"{clean(row.label)} keeps {kept}% top-1 agreement{_size(row, reference)}{speed}", why
 
 
-def _size(row: Row, reference: Row, whose: str = "the baseline\u2019s") -> str:
+def _whose(reference: Row) -> str:
+    """`the baseline's`; `the bf16 baseline's` where its own source is smaller than what it is compared as."""
+    held = held_as(reference.note, reference.bits_per_weight, reference.format)
+    return f"the {held} baseline\u2019s" if held else "the baseline\u2019s"
+
+
+def _size(row: Row, reference: Row, whose: str | None = None) -> str:
     """` in 58% of the baseline's size`, or how many times larger."""
+    whose = whose or _whose(reference)
     if not row.size_bytes or not reference.size_bytes:
         return ""
     ratio = row.size_bytes / reference.size_bytes

@@ -79,7 +79,8 @@ def _panel(rows: Sequence[Row], metric: Metric, axis: Axis) -> Panel:
         if row.baseline and metric == "kld_mean":
             # Its divergence is zero by definition: a line at its size or speed says where the others come from.
             if x is not None and not row.failed:
-                baselines[name, x] = None
+                mark = marks.marks(i)[1] if axis == "speed" else ""
+                baselines[f"{name} [{mark}]" if mark else name, x] = None
         elif row.failed or x is None or y is None:
             missing[f"{name} ({_why(row, metric, x)})"] = None
         else:

@@ -1,7 +1,7 @@
 """Which rows were measured under one protocol, and which were not.
 
 Rows of different protocols get different marks: letters for quality, numbers for speed and memory. Rows that share
-one protocol get none. Does not judge which differences matter: every key of the protocol counts.
+one protocol get none. What makes two protocols one is said in `keys.py`.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from .keys import NO_REFERENCE, Key, Reference, agree, quality_key, reference, same, speed_key
 from .records import BenchRecord, EvalRecord, Machine
 from .rows import Row
+from .sources import source_sentence
 from .text import clean
 
 _R = TypeVar("_R", EvalRecord, BenchRecord)
 _SPOKEN_QUALITY = {"corpus", "corpus_sha256", "context", "stride", "scored", "windows", "tokens_scored"}
+_SPOKEN_QUALITY |= {"tokens", "tokens_sha256", "samples"}
 _SPOKEN_SPEED = {"prompt_tokens", "output_tokens", "batch", "repetitions", "warmup"}
 _SPOKEN = {*_SPOKEN_QUALITY, *_SPOKEN_SPEED, "reference", "reference_fingerprint", "threads"}
 """Protocol keys that the sentences below say in words."""
@@ -58,15 +61,12 @@ class Protocols:
 def protocols(rows: Sequence[Row]) -> Protocols:
     """The distinct protocols of these rows."""
     quality = {i: _quality_key(row, row.evaluation, rows) for i, row in enumerate(rows) if row.evaluation}
-    speed = {i: _speed_key(row.bench) for i, row in enumerate(rows) if row.bench}
+    speed = {i: speed_key(row.bench) for i, row in enumerate(rows) if row.bench}
     evaluations = {i: row.evaluation for i, row in enumerate(rows) if row.evaluation}
     benches = {i: row.bench for i, row in enumerate(rows) if row.bench}
-    return Protocols(
-        _distinct(quality, evaluations, _quality_sentence, _letter),
-        _distinct(speed, benches, _speed_sentence, str),
-        _differences(list(quality.values())),
-        _differences(list(speed.values())),
-    )
+    qualities, quality_differences = _distinct(quality, evaluations, _quality_sentence, _letter)
+    speeds, speed_differences = _distinct(speed, benches, _speed_sentence, str)
+    return Protocols(qualities, speeds, quality_differences, speed_differences)
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -96,7 +96,8 @@ def source_notes(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.note and (row.baseline or not any(row.note.endswith(note) for note in said)):
             lead = "Baseline " if row.baseline and "baseline" not in row.note else ""
-            found[f"{lead}{clean(row.label)}: {clean(row.note).rstrip('.')}."] = None
+            sentence = source_sentence(row.note, row.bits_per_weight, row.format)
+            found[f"{lead}{clean(row.label)}: {clean(sentence).rstrip('.')}."] = None
     return list(found)
 
 
@@ -123,64 +124,48 @@ def machine_sentence(machine: Machine) -> str:
     return clean(", ".join(part for part in parts if part))
 
 
-def _quality_key(row: Row, record: EvalRecord, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """What makes this evaluation comparable with another, or None if the record does not say."""
-    if not record.protocol:
-        return None
-    key = {name: value for name, value in record.protocol.items() if name != "reference_fingerprint"}
-    reference = record.protocol.get("reference_fingerprint") or record.protocol.get("reference")
+def _quality_key(row: Row, record: EvalRecord, rows: Sequence[Row]) -> Key:
+    """What makes this evaluation comparable with another; empty if the record does not say."""
+    key = quality_key(record)
+    if not key:
+        return {}
     # A baseline is evaluated without a reference: it is its own, so it shares the protocol of those compared with it.
-    if not reference and row.baseline:
-        reference = _own_reference(row, rows)
-    return {**key, "reference": reference, "engine": record.engine.label}
+    if row.baseline and key["reference"] == NO_REFERENCE:
+        key["reference"] = _own_reference(row, rows)
+    return {**key, "engine": record.engine.label}
 
 
-def _own_reference(row: Row, rows: Sequence[Row]) -> str | None:
-    """The fingerprint or name by which other rows refer to this baseline."""
-    for other in rows:
-        protocol = other.evaluation.protocol if other.evaluation else {}
-        if row.fingerprint and protocol.get("reference_fingerprint") == row.fingerprint:
-            return row.fingerprint
-        if not protocol.get("reference_fingerprint") and protocol.get("reference") == row.name:
-            return row.name
-    return None
-
-
-def _speed_key(record: BenchRecord) -> dict[str, Any] | None:
-    """What makes this bench comparable with another; the engine has a column of its own."""
-    if not record.protocol:
-        return None
-    machine = record.machine
-    where = {"cpu": machine.cpu, "isa": machine.isa, "cores": machine.cores, "os": machine.os}
-    return {**record.protocol, **where, "threads": record.protocol.get("threads", machine.threads)}
+def _own_reference(row: Row, rows: Sequence[Row]) -> Reference:
+    """The fingerprint and name by which other rows refer to this baseline."""
+    found = (reference(other.evaluation) for other in rows if other.evaluation)
+    return next((r for r in found if (r[0] == row.fingerprint if r[0] else r[1] in row.names)), NO_REFERENCE)
 
 
 def _distinct(
-    keys: dict[int, dict[str, Any] | None],
+    keys: dict[int, Key],
     records: dict[int, _R],
     sentence: Callable[[_R], str],
     mark: Callable[[int], str],
-) -> tuple[Protocol, ...]:
-    """Rows with equal keys share a protocol; rows without a key (failed before it was known) have none."""
-    groups: dict[str, list[int]] = {}
-    for position, key in keys.items():
-        if key is not None:
-            groups.setdefault(json.dumps(key, sort_keys=True, default=str), []).append(position)
+) -> tuple[tuple[Protocol, ...], tuple[str, ...]]:
+    """The protocols and what they differ in. Rows without a key (failed before it was known) have none."""
+    positions = [position for position, key in keys.items() if key]
+    groups = [[positions[i] for i in group] for group in same([keys[position] for position in positions])]
     found = []
-    for i, rows in enumerate(groups.values(), start=1):
+    for i, rows in enumerate(groups, start=1):
         # The one that says most: a baseline's own record does not name the reference that the others are held to.
         fullest = max((records[p] for p in rows), key=lambda record: len(sentence(record)))
         facts = tuple((clean(name), clean(_value(value))) for name, value in fullest.protocol.items())
-        found.append(Protocol(mark(i) if len(groups) > 1 else "", sentence(fullest), facts, tuple(rows)))
-    return tuple(found)
+        found.append(Protocol(mark(i) if len(groups) > 1 else "", sentence(fullest), facts, tuple(sorted(rows))))
+    return tuple(found), _differences([keys[rows[0]] for rows in groups])
 
 
-def _differences(keys: list[dict[str, Any] | None]) -> tuple[str, ...]:
-    """Keys whose value is not the same in all of these."""
-    known = [key for key in keys if key is not None]
-    names = dict.fromkeys(name for key in known for name in key)
-    values = {name: {json.dumps(key.get(name), sort_keys=True, default=str) for key in known} for name in names}
-    return tuple(clean(name) for name, distinct in values.items() if len(distinct) > 1)
+def _differences(keys: list[Key]) -> tuple[str, ...]:
+    """Entries that are not the same in all of these."""
+    names = dict.fromkeys(name for key in keys for name in key)
+    alone = {
+        name: [{name: key.get(name, NO_REFERENCE if name == "reference" else None)} for key in keys] for name in names
+    }
+    return tuple(clean(name) for name, entries in alone.items() if not all(agree(entries[0], e) for e in entries))
 
 
 def _letter(number: int) -> str:
@@ -195,13 +180,14 @@ def _letter(number: int) -> str:
 def _quality_sentence(record: EvalRecord) -> str:
     p = record.protocol
     digest = p.get("corpus_sha256")
-    reference, fingerprint = p.get("reference"), p.get("reference_fingerprint")
+    name, fingerprint, ids = p.get("reference"), p.get("reference_fingerprint"), p.get("tokens_sha256")
     return _sentence(
         f"{p.get('corpus', 'unnamed text')}{f' (sha256 {_short(digest)})' if digest else ''}",
         f"context {_of(p, 'context')}, stride {_of(p, 'stride')}",
-        f"{_of(p, 'tokens_scored')} tokens scored in {_of(p, 'windows')} windows, the last {_of(p, 'scored')} of each",
-        f"reference {reference or 'model'}{f' ({_short(fingerprint)})' if fingerprint else ''}"
-        if reference or fingerprint
+        f"{_of(p, 'tokens_scored')} tokens scored in {_of(p, 'windows')} windows, the last {_of(p, 'scored')} of each"
+        f"{f' (token ids {_short(ids)})' if ids else ''}",
+        f"reference {name or 'model'}{f' ({_short(fingerprint)})' if fingerprint else ''}"
+        if name or fingerprint
         else None,
         _count(p.get("threads"), "thread"),
         record.engine.label,
@@ -217,6 +203,7 @@ def _speed_sentence(record: BenchRecord) -> str:
         f"median of {_of(p, 'repetitions')} repetitions{warmup}",
         _count(p.get("threads", record.machine.threads), "thread"),
         machine_sentence(record.machine),
+        f"{record.engine.kernels} kernels" if record.engine.kernels else None,
         _extras(p),
     )
 

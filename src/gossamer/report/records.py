@@ -46,11 +46,13 @@ class Model(_Part):
     path: str | None = None
     fingerprint: str | None = None
     base: str | None = None
+    base_fingerprint: str | None = None
     recipe: str | None = None
     note: str | None = None
     parameters: Count | None = None
     weight_bytes: Count | None = None
     bits_per_weight: float | None = None
+    format: str | None = None
 
 
 class Engine(_Part):
@@ -60,6 +62,8 @@ class Engine(_Part):
     backend: str | None = None
     version: str | None = None
     dtype: str | None = None
+    kernels: str | None = None
+    """Their instruction set; not part of the label, for it belongs to how a speed was measured."""
 
     @property
     def label(self) -> str:
@@ -179,7 +183,7 @@ _RECORD: TypeAdapter[Record] = TypeAdapter(Annotated[Record, Field(discriminator
 
 
 def read_records(paths: Iterable[str | Path]) -> list[Record]:
-    """Every record of these files, and of the `*.jsonl` below these folders, in reading order.
+    """Every record of these files, and of the `*.jsonl` below these folders but for hidden ones, in reading order.
 
     Raises UsageError for a path that does not exist, MeasureError naming file and line for a bad record.
     """
@@ -190,13 +194,20 @@ def read_records(paths: Iterable[str | Path]) -> list[Record]:
 
 
 def _files(paths: Iterable[str | Path]) -> list[Path]:
-    """The files named, each once, folders replaced by the `*.jsonl` below them."""
+    """The files named, each once, folders replaced by the `*.jsonl` below them.
+
+    Hidden files and folders are skipped: unfinished work of other commands, which holds JSON lines of its own.
+    """
     found: dict[Path, Path] = {}
     for path in map(Path, paths):
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder")
-        for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-            if file.is_file() or not path.is_dir():
+        if not path.is_dir():
+            found.setdefault(path.resolve(), path)
+            continue
+        for file in sorted(path.rglob("*.jsonl")):
+            hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
+            if file.is_file() and not hidden:
                 found.setdefault(file.resolve(), file)
     return list(found.values())
 

@@ -1,39 +1,47 @@
-"""Group records to rows: one per model and engine, holding the newest record of each kind.
+"""Group records to rows: one per model, engine and protocol, holding the newest record of each kind.
 
-A failed run stays a row. A model benched in two engines is two rows that share one evaluation of the weights,
-unless that engine was evaluated itself. Does not know how a row is shown.
+A failed run stays a row. A model benched twice, in two engines or under two protocols, is two rows that share one
+evaluation of the weights, unless that engine was evaluated itself. Only a record of the same protocol makes an older
+one superfluous. Does not know how a row is shown.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from datetime import datetime
+from pathlib import Path, PurePath
 from typing import TypeAlias, TypeVar
 
 from ..errors import MeasureError
+from .keys import NO_REFERENCE, Key, agree, order, plain_name, quality_key, reference, same, speed_key
 from .records import BenchRecord, CompressRecord, EvalRecord, Record, read_records
 
 EngineKey: TypeAlias = tuple[str, str | None, str | None]
-_R = TypeVar("_R", EvalRecord, BenchRecord, CompressRecord)
+_M = TypeVar("_M", EvalRecord, BenchRecord)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One model in one engine: what is known of it, and the newest record of each kind."""
+    """One model in one engine and protocol: what is known of it, and the newest record of each kind."""
 
     name: str
+    names: frozenset[str]
+    """All that records call it."""
     label: str
     """The name, with a piece of the fingerprint where two models share the name."""
     fingerprint: str | None
     base: str | None
+    base_fingerprint: str | None
     recipe: str | None
     note: str | None
     parameters: int | None
     weight_bytes: int | None
     bits_per_weight: float | None
+    format: str | None
+    """How most of its weights are stored."""
     evaluation: EvalRecord | None
     bench: BenchRecord | None
     compression: CompressRecord | None
@@ -118,10 +126,15 @@ def group(records: Sequence[Record]) -> list[Row]:
     return sorted(rows, key=_order)
 
 
-def reference_of(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The row that this one is measured against, in the same engine where there is one; None for a baseline."""
+def references_of(row: Row, rows: Sequence[Row]) -> list[Row]:
+    """The rows of the model that this one is measured against, those in the same engine first; none for a baseline."""
     targets = [] if row.baseline else [other for other in _targets(row, rows) if other.model != row.model]
-    return next((other for other in targets if other.engine == row.engine), targets[0] if targets else None)
+    return sorted(targets, key=lambda other: other.engine != row.engine)
+
+
+def reference_of(row: Row, rows: Sequence[Row]) -> Row | None:
+    """The first of them, or None."""
+    return next(iter(references_of(row, rows)), None)
 
 
 def finite(value: float | None) -> float | None:
@@ -130,19 +143,20 @@ def finite(value: float | None) -> float | None:
 
 
 def _by_model(records: Sequence[Record]) -> Iterator[list[Record]]:
-    """Records of one model each, newest first. The key is fingerprint and name.
+    """Records of one model each, newest first. A model is its fingerprint, whatever it was called.
 
     A record without fingerprint (a run that failed early) joins the only model of its name, if it is the only one.
     """
     known: dict[str, set[str]] = {}
     for record in records:
         if record.model.fingerprint:
-            known.setdefault(record.model.name, set()).add(record.model.fingerprint)
+            known.setdefault(plain_name(record.model.name), set()).add(record.model.fingerprint)
     groups: dict[tuple[str, str], list[tuple[int, Record]]] = {}
     for position, record in enumerate(records):
-        of_name = known.get(record.model.name, set())
+        name = plain_name(record.model.name)
+        of_name = known.get(name, set())
         fingerprint = record.model.fingerprint or (next(iter(of_name)) if len(of_name) == 1 else "")
-        groups.setdefault((record.model.name, fingerprint), []).append((position, record))
+        groups.setdefault((fingerprint, "" if fingerprint else name), []).append((position, record))
     for members in groups.values():
         # Of two records of the same instant the one that was read last is the newer.
         members.sort(key=lambda member: (member[1].created, member[0]), reverse=True)
@@ -150,29 +164,68 @@ def _by_model(records: Sequence[Record]) -> Iterator[list[Record]]:
 
 
 def _model_rows(newest_first: list[Record]) -> Iterator[Row]:
-    """A row for each engine that the model was benched in, or one row if it was not."""
-    benches = _newest_per_engine([r for r in newest_first if isinstance(r, BenchRecord)])
-    evals = _newest_per_engine([r for r in newest_first if isinstance(r, EvalRecord)])
+    """A row for each engine and protocol that the model was benched in, and for each further evaluation."""
+    benches = _newest([r for r in newest_first if isinstance(r, BenchRecord)], speed_key)
+    evals = _without_lesser(_newest([r for r in newest_first if isinstance(r, EvalRecord)], quality_key))
     compression = next((r for r in newest_first if isinstance(r, CompressRecord)), None)
-    shown = {id(r) for r in (*benches.values(), compression)}
-    chosen: list[tuple[BenchRecord | None, EvalRecord | None]] = []
-    for key, bench in benches.items():
-        chosen.append((bench, evals.get(key) or next(iter(evals.values()), None)))
-    if not chosen:
-        chosen.append((None, next(iter(evals.values()), None)))
-    shown |= {id(evaluation) for _, evaluation in chosen}
+    shown = {id(r) for r in (*benches, *evals, compression)}
     hidden = sum(id(r) not in shown for r in newest_first)
-    for ran, evaluation in chosen:
-        yield _row(newest_first, evaluation, ran, compression, hidden)
+    for bench, evaluation in _pairs(benches, evals):
+        yield _row(newest_first, evaluation, bench, compression, hidden)
         hidden = 0  # counted once per model
 
 
-def _newest_per_engine(newest_first: list[_R]) -> dict[EngineKey, _R]:
-    """The newest record for each engine, newest engine first. A version is not another engine, a backend is."""
-    found: dict[EngineKey, _R] = {}
+def _newest(newest_first: list[_M], key: Callable[[_M], Key]) -> list[_M]:
+    """The newest record for each engine and protocol, in the order of protocols.
+
+    A version is not another engine, a backend is.
+    """
+    engines: dict[EngineKey, list[_M]] = {}
     for record in newest_first:
-        found.setdefault((record.engine.name, record.engine.backend, record.engine.dtype), record)
-    return found
+        engines.setdefault(_engine(record), []).append(record)
+    found = [members[min(group)] for members in engines.values() for group in same([key(r) for r in members])]
+    return sorted(found, key=lambda record: order(key(record)))
+
+
+def _engine(record: EvalRecord | BenchRecord) -> EngineKey:
+    return record.engine.name, record.engine.backend, record.engine.dtype
+
+
+def _without_lesser(evals: list[EvalRecord]) -> list[EvalRecord]:
+    """Without those that name no reference where another, otherwise the same, does: it says all that they say."""
+
+    def says_more(other: EvalRecord, record: EvalRecord) -> bool:
+        if other.failed or reference(other) == NO_REFERENCE or _engine(other) != _engine(record):
+            return False
+        later = other.created >= record.created  # a failure may be news
+        asked = {**quality_key(record), "reference": NO_REFERENCE}
+        return (later or not record.failed) and agree({**quality_key(other), "reference": NO_REFERENCE}, asked)
+
+    return [r for r in evals if reference(r) != NO_REFERENCE or not any(says_more(other, r) for other in evals)]
+
+
+def _pairs(benches: list[BenchRecord], evals: list[EvalRecord]) -> list[tuple[BenchRecord | None, EvalRecord | None]]:
+    """What stands in one row: each bench beside the evaluation that is nearest to it.
+
+    An evaluation that is nearest to none has a row of its own, beside a bench of the same engine if there is one.
+    """
+    pairs: list[tuple[BenchRecord | None, EvalRecord | None]] = [(bench, _nearest(bench, evals)) for bench in benches]
+    shown = {id(evaluation) for _, evaluation in pairs}
+    for evaluation in evals:
+        if id(evaluation) not in shown:
+            own = [bench for bench in benches if _engine(bench) == _engine(evaluation)]
+            pairs.append((_nearest(evaluation, own), evaluation))
+    return pairs or [(None, None)]
+
+
+def _nearest(record: EvalRecord | BenchRecord, others: list[_M]) -> _M | None:
+    """The newest measurement in the same engine; if possible one that succeeded, and of weights held the same way."""
+
+    def nearness(other: _M) -> tuple[bool, bool, bool, datetime]:
+        weights = record.protocol.get("weights") == other.protocol.get("weights")
+        return _engine(other) == _engine(record), not other.failed, weights, other.created
+
+    return max(others, key=nearness, default=None)
 
 
 def _row(
@@ -184,16 +237,21 @@ def _row(
 ) -> Row:
     """A row; each fact about the model comes from the newest record that states it."""
     models = [record.model for record in newest_first]
+    names = [plain_name(model.name) for model in models]
+    name = min(names, key=len)  # a folder has many paths: the shortest is the one that people say
     return Row(
-        name=models[0].name,
-        label=models[0].name,
+        name=name,
+        names=frozenset(names),
+        label=name,
         fingerprint=next((m.fingerprint for m in models if m.fingerprint), None),
         base=next((m.base for m in models if m.base), None),
+        base_fingerprint=next((m.base_fingerprint for m in models if m.base_fingerprint), None),
         recipe=next((m.recipe for m in models if m.recipe), None),
         note=next((m.note for m in models if m.note), None),
         parameters=next((m.parameters for m in models if m.parameters is not None), None),
         weight_bytes=next((m.weight_bytes for m in models if m.weight_bytes is not None), None),
         bits_per_weight=next((m.bits_per_weight for m in models if m.bits_per_weight is not None), None),
+        format=next((m.format for m in models if m.format), None),
         evaluation=evaluation,
         bench=bench,
         compression=compression,
@@ -227,14 +285,20 @@ def _shared_folder(names: list[str]) -> int:
 
 
 def _targets(row: Row, rows: Sequence[Row]) -> list[Row]:
-    """The rows that this row's records name as its reference: by fingerprint, else by name, else as its base."""
-    protocol = row.evaluation.protocol if row.evaluation else {}
-    fingerprint, name = protocol.get("reference_fingerprint"), protocol.get("reference")
+    """The rows that this row's records name as its reference, else as its base: by fingerprint where it is known."""
+    fingerprint, name = reference(row.evaluation) if row.evaluation else NO_REFERENCE
+    others = [other for other in rows if other.model != row.model]
     return (
         [other for other in rows if fingerprint and other.fingerprint == fingerprint]
-        or [other for other in rows if name and other.name == name]
-        or [other for other in rows if row.base and other.name == row.base and other.model != row.model]
+        or [other for other in rows if name and name in other.names]
+        or [other for other in others if row.base_fingerprint and other.fingerprint == row.base_fingerprint]
+        or [other for other in others if row.base and not row.base_fingerprint and _is_called(other, row.base)]
     )
+
+
+def _is_called(row: Row, base: str) -> bool:
+    """True if a manifest that speaks of `base` may mean this model: it keeps only the last part of a local path."""
+    return any(base in (name, PurePath(name).name) for name in row.names)
 
 
 def _with_baseline(rows: list[Row]) -> list[Row]:

@@ -34,9 +34,18 @@ class Prompt:
 
 def prompts(rows: Sequence[Row]) -> list[Prompt]:
     """Every prompt that some model answered, in order of appearance."""
-    models = list({row.model: row for row in reversed(rows)}.values())[::-1]
+    models = _one_each(rows)
     asked = dict.fromkeys(prompt for row in models for prompt in _answers(row))
     return [Prompt(clean(prompt, _KEEP), tuple(_outputs(prompt, models))) for prompt in asked]
+
+
+def _one_each(rows: Sequence[Row]) -> list[Row]:
+    """A row for each model, in order: the first that has answers, for a model has several rows."""
+    found: dict[tuple[str, str | None], Row] = {}
+    for row in rows:
+        if row.model not in found or not _answers(found[row.model]):
+            found[row.model] = row
+    return list(found.values())
 
 
 def _outputs(prompt: str, models: Sequence[Row]) -> list[Output]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gossamer.cli import main
+from gossamer.cli.eval import make_table, print_table
 from tiny_llama import make_folder
 
 
@@ -78,6 +79,61 @@ def test_bench_gives_one_record_for_each_model_and_batch_size(
     assert "prompt 16, output 4 tokens, median of 2 after 1 warm-up" in table
     assert main(["report", str(out), "--json"]) == 0
     assert Path(tiny).name in capsys.readouterr().out
+
+
+def test_a_report_of_two_batch_sizes_has_both(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.jsonl"
+    assert main(["bench", tiny, *BENCH, "--batch", "1,3", "--out", str(out), "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["report", str(out), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [row["protocol_mark"] for row in rows] == ["1", "2"]
+
+
+@pytest.mark.parametrize("command", ["eval", "bench"])
+def test_a_model_that_fails_shows_its_traceback_to_who_debugs(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([command, str(tmp_path)]) == 1
+    quiet = capsys.readouterr()
+    monkeypatch.setenv("GOSSAMER_DEBUG", "1")
+    assert main([command, str(tmp_path)]) == 1
+    assert "Traceback" not in quiet.err
+    assert "Traceback" in capsys.readouterr().err
+    assert "None" not in quiet.out
+
+
+@pytest.mark.parametrize("command", [["eval", "m"], ["bench", "m"]])
+def test_an_out_that_cannot_be_written_is_refused_before_any_work(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.measure.run.Worker", lambda *a: pytest.fail("worked"))
+    assert main([*command, "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path}: is a folder" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main([*command, "--out", str(tmp_path / "file" / "x.jsonl")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_table_is_shown_though_a_record_could_not_be_written(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, record: dict[str, Any]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("gossamer.measure.records.append_record", full)
+    assert main(["bench", tiny, *BENCH, "--out", str(tmp_path / "r.jsonl"), "--quiet"]) == 1
+    printed = capsys.readouterr()
+    assert "decode t/s" in printed.out
+    assert "No space left on device" in printed.err
+
+
+def test_a_table_says_where_the_weights_of_a_converted_model_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    note = "stored as Q4_1 (GGUF): already 4-bit"
+    model = {"name": "a", "note": note, "bits_per_weight": 16.0, "format": "bf16"}
+    print_table([{"model": model, "machine": {"threads": 1, "cpu": "c", "isa": "i"}}], make_table([], []), "p")
+    said = capsys.readouterr().out
+    assert "a: weights come from a Q4_1 GGUF file, so they are already 4-bit; held here as bf16" in said
 
 
 @pytest.mark.parametrize(

@@ -99,3 +99,21 @@ def test_more_than_one_percent_of_known_lines_is_refused_and_less_is_not() -> No
     check_contamination(corpus, manifest(line_hashes=line_hashes(text_of(range(990, 2000)))), "m")
     with pytest.raises(Contaminated, match=r"1\.1%"):
         check_contamination(corpus, manifest(line_hashes=line_hashes(text_of(range(989, 2000)))), "m")
+
+
+def test_known_lines_are_counted_in_the_judged_part_too() -> None:
+    corpus, found = Corpus("c", text_of(range(1000))), manifest(line_hashes=line_hashes(text_of(range(5))))
+    check_contamination(corpus, found, "m")
+    check_contamination(corpus, found, "m", judged=text_of(range(1000)))
+    with pytest.raises(Contaminated, match=r"m was calibrated on 50\.0% of the judged part of corpus c"):
+        check_contamination(corpus, found, "m", judged=text_of(range(10)))
+
+
+def test_what_calibrated_an_ancestor_counts_and_shares_add_up() -> None:
+    corpus = Corpus("c", text_of(range(1000)))
+    parts = [{"sha256": "x", "line_hashes": line_hashes(text_of(range(n, n + 6)))} for n in (0, 6)]
+    check_contamination(corpus, {"calibration": parts[0], "base": {"calibrations": []}}, "m")
+    with pytest.raises(Contaminated, match=r"1\.2%"):
+        check_contamination(corpus, {"calibration": parts[0], "base": {"calibrations": parts[1:]}}, "m")
+    with pytest.raises(Contaminated, match=r"100\.0%"):
+        check_contamination(corpus, {"calibration": None, "base": {"calibrations": [{"sha256": corpus.sha256}]}}, "m")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import torch
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.load import load_decoder
 from gossamer.checkpoint.textprint import line_hashes
+from gossamer.engine import isa_in_use
 from gossamer.errors import MeasureError, UnknownName, UsageError
 from gossamer.measure import run
 from gossamer.measure.corpus import load_corpus
 from gossamer.measure.plans import SpeedPlan, WindowPlan
 from gossamer.measure.quality import Quality, evaluate
+from gossamer.measure.records import model_block, unknown_model_block
 from gossamer.measure.samples import PROMPTS, greedy
 from gossamer.measure.speed import Timing, make_prompts, ordinary_tokens, rates, summary
 from gossamer.measure.worker import Job, Worker
@@ -48,6 +52,11 @@ def request_for(text: Path, **changes: Any) -> run.EvalRequest:
     return run.EvalRequest(str(text), load_corpus(text), **options)
 
 
+def sha256_of_tokens(model: Path, text: Path, count: int) -> str:
+    ids = open_checkpoint(model).tokenizer().encode(text.read_text())[:count]
+    return hashlib.sha256(struct.pack(f"<{len(ids)}q", *ids)).hexdigest()
+
+
 def evaluate_all(models: Sequence[Path | str], request: run.EvalRequest) -> list[dict[str, Any]]:
     return list(run.evaluate_models([str(m) for m in models], request, lambda *event: None))
 
@@ -65,15 +74,24 @@ def test_records_say_what_was_measured_and_how(tiny: Path, text: Path, tmp_path:
             "context": 64,
             "stride": 64,
             "scored": 32,
+            "tokens": 400,
             "windows": 6,
             "tokens_scored": 192,
+            "tokens_sha256": sha256_of_tokens(tiny, text, 384),
+            "samples": 2,
             "reference": str(tiny),
             "reference_fingerprint": open_checkpoint(tiny).fingerprint(),
             "weights": "float",
             "threads": 1,
         }
         assert record["machine"]["threads"] == 1
-        assert record["engine"] == {"name": "gossamer", "backend": "reference", "version": "0.1.0", "dtype": "float32"}
+        assert record["engine"] == {
+            "name": "gossamer",
+            "backend": "reference",
+            "version": "0.1.0",
+            "dtype": "float32",
+            "kernels": isa_in_use(),
+        }
         assert [s["prompt"] for s in record["results"]["samples"]] == list(PROMPTS[:2])
     assert itself["model"]["fingerprint"] == itself["protocol"]["reference_fingerprint"]
     assert itself["model"]["weight_bytes"] == open_checkpoint(tiny).weight_bytes()
@@ -132,6 +150,51 @@ def test_a_model_is_not_judged_on_the_text_that_calibrated_it(text: Path, tmp_pa
     assert record["error"].startswith("Contaminated: ")
     assert str(folder) in record["error"]
     assert (record["model"]["base"], record["model"]["recipe"]) == ("tiny", "some-recipe")
+
+
+def test_a_model_is_not_judged_on_a_part_that_calibrated_it_however_large_the_rest(text: Path, tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    book.write_text(
+        text.read_text() + "\n".join(f"{n}: a line that is long enough to be known again" for n in range(9000))
+    )
+    folder = make_folder(tmp_path / "calibrated")
+    lines = line_hashes(text.read_text())
+    manifest = {
+        "schema_version": 1,
+        "base": {"name": "tiny", "fingerprint": "0" * 64},
+        "calibration": {"kind": "text", "sha256": "1" * 64, "sequences": 1, "length": 1, "line_hashes": lines},
+    }
+    (folder / "gossamer.json").write_text(json.dumps(manifest))
+    (record,) = evaluate_all([folder], request_for(book))
+    assert record["error"].startswith("Contaminated: ")
+    assert "of the judged part of corpus book.txt" in record["error"]
+    (whole,) = evaluate_all([folder], request_for(book, tokens=None, plan=WindowPlan(64, 20_000, 32)))
+    assert whole["status"] == "ok", "all of the book's beginning is little of the book"
+
+
+def test_the_hash_of_the_tokens_is_of_those_judged_and_not_of_those_asked_for(tiny: Path, text: Path) -> None:
+    records = [evaluate_all([tiny], request_for(text, tokens=n, samples=0))[0] for n in (384, 400, 448)]
+    hashes = [r["protocol"]["tokens_sha256"] for r in records]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_a_text_below_one_window_is_refused_before_a_model_is_loaded(
+    tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.measure.jobs.load_decoder", lambda *a, **k: pytest.fail("loaded"))
+    for reference in (None, str(tiny)):
+        (record,) = evaluate_all([tiny], request_for(text, tokens=50, reference=reference))
+        assert "the text has 50 tokens, less than one window of 64" in record["error"]
+
+
+def test_progress_goes_on_while_models_answer(tiny: Path, text: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    list(run.evaluate_models([str(tiny)], request_for(text), lambda *event: seen.append(event)))
+    assert [event for event in seen if event[0] in ("judging", "answering")][-3:] == [
+        ("judging", 6, 6),
+        ("answering", 0, 1),
+        ("answering", 1, 1),
+    ]
 
 
 def test_a_model_that_did_not_fit_beside_the_others_is_tried_alone(
@@ -215,6 +278,86 @@ def test_models_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert events[3:7] == ["a", "c", "close c", "b"]  # warm-up, where one breaks and is let go
     assert events[7:13] == ["a", "b", "a", "b", "a", "b"]  # two repetitions and the results
     assert [r["status"] for r in records] == ["ok", "failed", "ok"]
+
+
+class Crowd:
+    """Workers of models that fail as told while others are loaded; `alone` says who fails then too."""
+
+    def __init__(self, fails: dict[str, tuple[int, str]], alone: Iterable[str] = ()) -> None:
+        self.fails, self.alone = fails, set(alone)
+        self.loaded: set[str] = set()
+
+    def __call__(self, job: Job, progress: Any) -> Any:
+        crowd, name = self, job.arguments["model"]
+
+        class One:
+            facts: dict[str, Any] = {}
+            steps = 0
+
+            def __next__(self) -> Any:
+                crowd.loaded.add(name)
+                step, kind = crowd.fails.get(name, (99, ""))
+                if self.steps == step and (crowd.loaded != {name} or name in crowd.alone):
+                    raise run.WorkerError("no room", kind=kind)
+                self.steps += 1
+                return {"load_s": 1} if self.steps == 4 else None
+
+            def close(self, kill: bool = False) -> None:
+                crowd.loaded.discard(name)
+
+            def __enter__(self) -> Any:
+                return self
+
+            def __exit__(self, *error: object) -> None:
+                self.close()
+
+        return One()
+
+
+@pytest.mark.parametrize(("step", "kind"), [(0, "DoesNotFit"), (2, "WorkerDied")])
+def test_a_model_without_room_beside_the_others_is_benched_alone_after_them(
+    step: int, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "Worker", Crowd({"b": (step, kind)}))
+    records = list(run.bench_models(["a", "b", "c"], SpeedPlan(repetitions=1), lambda *e: None))
+    assert [r["status"] for r in records] == ["ok"] * 3
+    assert [r["protocol"].get("turns") for r in records] == [None, "alone", None]
+
+
+def test_a_model_that_does_not_fit_alone_either_is_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "Worker", Crowd({"b": (0, "DoesNotFit")}, alone="b"))
+    records = list(run.bench_models(["a", "b"], SpeedPlan(repetitions=1), lambda *e: None))
+    assert [(r["status"], r["protocol"].get("turns")) for r in records] == [("ok", None), ("failed", "alone")]
+
+
+@pytest.mark.parametrize(("models", "kind"), [(["b"], "DoesNotFit"), (["b", "a"], "ModelNotFound")])
+def test_a_failure_that_others_did_not_cause_is_not_tried_again(
+    models: list[str], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "Worker", Crowd({"b": (0, kind)}, alone="b"))
+    record = next(run.bench_models(models, SpeedPlan(repetitions=1), lambda *e: None))
+    assert (record["status"], "turns" in record["protocol"]) == ("failed", False)
+
+
+def test_progress_of_timing_begins_before_the_first_turn(tiny: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    list(run.bench_models([str(tiny)], SpeedPlan(16, 4, repetitions=2), lambda *event: seen.append(event)))
+    assert [event for event in seen if event[0] == "timing"] == [("timing", n, 3) for n in range(4)]
+
+
+def test_bench_records_name_the_kernels_that_ran(tiny: Path) -> None:
+    (record,) = run.bench_models([str(tiny)], SpeedPlan(16, 4, repetitions=1), lambda *e: None)
+    assert record["engine"]["kernels"] == isa_in_use()
+
+
+def test_a_model_block_says_how_weights_are_stored_and_what_they_were_made_from(tiny: Path, tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "made")
+    manifest = {"schema_version": 1, "base": {"name": "tiny", "fingerprint": "b" * 64}}
+    (folder / "gossamer.json").write_text(json.dumps(manifest))
+    made, plain = model_block(open_checkpoint(folder)), model_block(open_checkpoint(tiny))
+    assert (made["base"], made["base_fingerprint"]) == ("tiny", "b" * 64)
+    assert (plain["base_fingerprint"], plain["format"]) == (None, "fp32")
+    assert made.keys() == unknown_model_block("x").keys()
 
 
 @pytest.mark.parametrize("bad", [{"output_tokens": 1}, {"prompt_tokens": 0}, {"batch": 0}, {"repetitions": 0}])

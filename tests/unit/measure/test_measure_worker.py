@@ -75,6 +75,17 @@ def test_any_other_exception_names_the_line_that_raised_it() -> None:
     assert caught.value.kind == "ZeroDivisionError"
 
 
+@pytest.mark.parametrize(("debug", "shown"), [("1", True), ("0", False)])
+def test_the_traceback_of_a_worker_is_shown_to_who_asks_for_it(
+    debug: str, shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GOSSAMER_DEBUG", debug)
+    with pytest.raises(WorkerError):
+        run_job(Job("worker_jobs:refuse"))
+    said = capsys.readouterr().err
+    assert ("Traceback" in said and "DoesNotFit" in said) is shown
+
+
 def test_a_job_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(WorkerError, match="no_such_job"):
         run_job(Job("worker_jobs:no_such_job"))

@@ -83,5 +83,13 @@ def test_a_model_in_two_engines_is_one_point_of_size_and_two_of_speed(rows_of: A
     assert sorted(p.label for p in _panel(rows, "perplexity", "speed").points) == ["a", "a, llama.cpp", "b"]
 
 
+def test_a_baseline_of_two_speed_protocols_is_two_lines_told_apart(rows_of: Any, made: ModuleType) -> None:
+    base, x = made.model("smollm2"), made.model("x", 50, recipe="x")
+    rows = rows_of(made.evaluation(base), made.evaluation(x, 14, 0.1, 0.9), made.bench(base, 10), made.bench(x, 20),
+                   made.bench(base, 40, {"batch": 8}))  # fmt: skip
+    assert _panel(rows, "kld_mean", "speed").baselines == (("smollm2 [1]", 10), ("smollm2 [2]", 40))
+    assert _panel(rows, "kld_mean", "size").baselines == (("smollm2", 100),)
+
+
 def test_one_point_alone_is_not_worth_a_plot(rows_of: Any, made: ModuleType) -> None:
     assert panels(rows_of(made.evaluation(made.model("a")), made.bench(made.model("a")))) == []

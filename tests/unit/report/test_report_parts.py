@@ -63,6 +63,30 @@ def test_without_a_divergence_the_headline_speaks_of_perplexity(rows_of: Any, ma
     assert _say(rows_of(base, other)) == "smollm2: 100 MB of weights, perplexity 12.00"
 
 
+def test_a_size_against_a_baseline_whose_source_was_smaller_says_what_it_is_held_as(
+    rows_of: Any, made: ModuleType
+) -> None:
+    note = "stored as Q4_1 (GGUF): already 4-bit"
+    base = made.model("smollm2", note=note, bits_per_weight=16.0, format="bf16")
+    x = made.model("x", 50, recipe="x")
+    assert "in 50% of the bf16 baseline's size" in _say(
+        rows_of(made.evaluation(base), made.evaluation(x, 14, 0.1, 0.95))
+    )
+    assert "against the bf16 baseline's 12.00 in 50% of its size" in _say(
+        rows_of(made.evaluation(base), made.evaluation(x, 14))
+    )
+    small = {**base, "bits_per_weight": 4.9, "format": "Q4_1"}
+    assert "of the baseline's size" in _say(rows_of(made.evaluation(small), made.evaluation(x, 14, 0.1, 0.95)))
+
+
+def test_the_headline_compares_speeds_of_one_protocol_where_there_are_several(rows_of: Any, made: ModuleType) -> None:
+    base, x = made.model("smollm2"), made.model("x", 50, recipe="x")
+    rows = rows_of(made.evaluation(base), made.evaluation(x, 14, 0.1, 0.95), made.bench(base, 10), made.bench(x, 20),
+                   made.bench(base, 40, {"batch": 8}), made.bench(x, 120, {"batch": 8}))  # fmt: skip
+    assert "decodes 2.0 times as fast" in _say(rows)
+    assert headline(rows)[1].endswith("with smollm2, under protocol 1.")
+
+
 def test_one_row_and_no_row_that_succeeded_have_headlines(rows_of: Any, made: ModuleType) -> None:
     model = made.model("a")
     assert _say(rows_of(made.bench(model))) == "a: 100 MB of weights, 30.0 tokens/s"
@@ -104,6 +128,13 @@ def test_a_model_in_two_engines_answers_once(rows_of: Any, made: ModuleType) -> 
     asked = made.evaluation(a, samples=[{"prompt": "p", "output": "o"}])
     found = prompts(rows_of(asked, made.bench(a), made.bench(a, engine={"name": "llama.cpp"})))
     assert [len(prompt.outputs) for prompt in found] == [1]
+
+
+def test_a_model_answers_by_the_evaluation_that_asked_it(rows_of: Any, made: ModuleType) -> None:
+    a = made.model("a")
+    asked = made.evaluation(a, samples=[{"prompt": "p", "output": "o"}], protocol={"corpus": "z"})
+    found = prompts(rows_of(made.evaluation(a, protocol={"corpus": "b"}), asked))
+    assert [[output.same for output in prompt.outputs] for prompt in found] == [["o"]]
 
 
 def test_the_heat_map_has_a_line_per_linear_and_a_column_per_block(rows_of: Any, made: ModuleType) -> None:

@@ -88,7 +88,47 @@ def test_what_is_made_from_a_baseline_in_the_table_does_not_repeat_its_note(rows
     base = made.evaluation(made.model("smollm2", note=note))
     small = made.evaluation(made.model("small", 20, "int4-gptq", note=f"made from a baseline {note}"))
     assert sum("already 4-bit" in line for line in notes(rows_of(base, small))) == 1
-    assert f"small: made from a baseline {note}." in notes(rows_of(small))
+    said = "small: made from a baseline whose weights come from a Q4_1 GGUF file, so they are already 4-bit."
+    assert said in notes(rows_of(small))
+
+
+def test_a_baseline_that_was_converted_does_not_claim_to_be_stored_in_few_bits(rows_of: Any, made: ModuleType) -> None:
+    note = "stored as Q4_1 (GGUF): already 4-bit"
+    said = "Baseline m: weights come from a Q4_1 GGUF file, so they are already 4-bit; held here as"
+    for form, held in (("bf16", "bf16."), (None, "16-bit floats.")):
+        model = made.model("m", note=note, bits_per_weight=16.0, format=form)
+        assert f"{said} {held}" in notes(rows_of(made.evaluation(model)))
+
+
+def test_perplexities_over_different_tokens_are_different_protocols(rows_of: Any, made: ModuleType) -> None:
+    def judged(name: str, size: int, tokens: str | None) -> Any:
+        protocol = {} if tokens is None else {"tokens_sha256": tokens, "tokens": 9, "samples": size}
+        return made.evaluation(made.model(name, size), protocol=protocol)
+
+    one = rows_of(judged("a", 1, "aa"), judged("b", 2, None), judged("c", 3, "aa"))
+    assert [protocols(one).mark(i) for i in range(3)] == [""] * 3, "what an older record does not say is no difference"
+    assert any("(token ids aa)" in line for line in notes(one))
+    two = rows_of(judged("a", 1, "aa"), judged("b", 2, "bb"), judged("c", 3, None))
+    assert [protocols(two).mark(i) for i in range(3)] == ["a", "b", "c"], "and of two protocols it may be either"
+    assert any(line.startswith("Quality: not one protocol (differs in tokens_sha256)") for line in notes(two))
+
+
+def test_kernels_of_two_instruction_sets_are_two_protocols(rows_of: Any, made: ModuleType) -> None:
+    def ran(name: str, size: int, kernels: str | None) -> Any:
+        return made.bench(made.model(name, size), engine={**made.BASE["engine"], "kernels": kernels})
+
+    rows = rows_of(ran("a", 1, "avx512"), ran("b", 2, "portable"), ran("c", 3, "avx512"))
+    assert [protocols(rows).mark(i) for i in range(3)] == ["1", "2", "1"]
+    assert any("portable kernels" in line for line in notes(rows))
+    older = rows_of(ran("a", 1, "avx512"), ran("b", 2, None))
+    assert [protocols(older).mark(i) for i in range(2)] == ["", ""]
+
+
+def test_a_run_that_failed_before_it_knew_its_tokens_is_no_protocol_of_its_own(rows_of: Any, made: ModuleType) -> None:
+    unknown = {"windows": None, "tokens_scored": None, "reference": "smollm2", "reference_fingerprint": None}
+    lost = made.failed(made.evaluation(made.model("x", 60, recipe="x"), protocol=unknown), "no room")
+    rows = rows_of(*made.study(), lost)
+    assert len(protocols(rows).quality) == 1
 
 
 def test_labels_leave_out_the_folder_that_all_models_share(rows_of: Any, made: ModuleType) -> None:

@@ -104,6 +104,15 @@ def test_folders_are_searched_and_a_file_named_twice_counts_once(tmp_path: Path,
     assert [r.model.name for r in read_records([tmp_path, inner])] == ["b", "a"]
 
 
+def test_hidden_files_and_folders_are_the_work_of_others(tmp_path: Path, made: ModuleType) -> None:
+    runs = tmp_path / ".cache" / "runs"  # only what is below the folder that was named counts
+    made.write(runs / "a.jsonl", made.evaluation(made.model("a")))
+    for hidden in (runs / ".small.work" / "journal.jsonl", runs / ".b.jsonl"):
+        hidden.parent.mkdir(exist_ok=True)
+        hidden.write_text("not a record\n")
+    assert [r.model.name for r in read_records([runs])] == ["a"]
+
+
 def test_a_path_that_does_not_exist_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.jsonl: no such file"):
         load([tmp_path / "nowhere.jsonl"])

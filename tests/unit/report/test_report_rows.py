@@ -115,3 +115,85 @@ def test_a_baseline_compared_with_itself_is_still_the_baseline(rows_of: Any, mad
     (row,) = rows_of(made.evaluation(made.model("smollm2"), 12, 0.0, 1.0))
     assert row.baseline
     assert reference_of(row, [row]) is None
+
+
+def test_each_bench_protocol_is_a_row_beside_the_one_evaluation(rows_of: Any, made: ModuleType) -> None:
+    a = made.model("a")
+    rows = rows_of(made.evaluation(a, 12), *(made.bench(a, n, {"batch": n}) for n in (16, 8, 1)))
+    assert [(row.decode_tokens_per_s, row.perplexity) for row in rows] == [(1, 12), (8, 12), (16, 12)]
+    assert sum(row.superseded for row in rows) == 0
+
+
+def test_only_a_record_of_the_same_protocol_is_superseded(rows_of: Any, made: ModuleType) -> None:
+    a = made.model("a")
+    old = [made.bench(a, n, {"batch": n}, created="2026-01-01T00:00:00Z") for n in (1, 8)]
+    rows = rows_of(*old, made.bench(a, 2, created="2026-01-02T00:00:00Z"))
+    assert [row.decode_tokens_per_s for row in rows] == [2, 8]
+    assert [row.superseded for row in rows] == [1, 0]
+
+
+def test_every_evaluation_is_shown_and_speeds_stand_beside_each(rows_of: Any, made: ModuleType) -> None:
+    a = made.model("a")
+    rows = rows_of(
+        made.bench(a, 30), *(made.evaluation(a, n, protocol={"corpus": c}) for n, c in ((12, "p"), (9, "w")))
+    )
+    assert sorted((row.perplexity, row.decode_tokens_per_s) for row in rows) == [(9, 30), (12, 30)]
+
+
+def test_a_bench_stands_beside_the_evaluation_of_weights_held_as_its_own(rows_of: Any, made: ModuleType) -> None:
+    a = made.model("a")
+    kinds = [{"weights": "float"}, {"weights": "stored"}]
+    rows = rows_of(*(made.bench(a, 10 + i, kind) for i, kind in enumerate(kinds)),
+                   *(made.evaluation(a, 20 + i, protocol=kind) for i, kind in enumerate(kinds)))  # fmt: skip
+    assert [(row.decode_tokens_per_s, row.perplexity) for row in rows] == [(10, 20), (11, 21)]
+
+
+def test_an_evaluation_in_an_engine_without_a_bench_borrows_no_speed(rows_of: Any, made: ModuleType) -> None:
+    a = made.model("a")
+    rows = rows_of(made.bench(a, 30), made.evaluation(a, 12), made.evaluation(a, 13, engine={"name": "llama.cpp"}))
+    assert [(row.perplexity, row.decode_tokens_per_s) for row in rows] == [(12, 30), (13, None)]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_evaluation_without_reference_adds_nothing_to_the_same_one_with_it(
+    rows_of: Any, made: ModuleType, order: int
+) -> None:
+    a = made.model("a", 60, recipe="a")
+    (row,) = rows_of(*[made.evaluation(a, 12, 0.1, 0.9), made.evaluation(a, 12)][::order])
+    assert row.kld_mean == 0.1
+    assert len(rows_of(made.evaluation(a, 12, 0.1, 0.9), made.evaluation(a, 12, protocol={"context": 9}))) == 2
+
+
+def test_a_later_success_replaces_a_failure_that_did_not_know_its_tokens(rows_of: Any, made: ModuleType) -> None:
+    a = made.model("a", 60, recipe="a")
+    unknown = {"windows": None, "tokens_scored": None, "reference": "smollm2", "reference_fingerprint": None}
+    early = made.failed(made.evaluation(a, protocol=unknown, created="2026-01-01T00:00:00Z"), "no room")
+    (row,) = rows_of(early, made.evaluation(a, 12, 0.1, 0.9))
+    assert not row.failed
+
+
+def test_one_model_typed_in_several_ways_is_one_row(rows_of: Any, made: ModuleType) -> None:
+    names = ["./small/", "small", "small/", "/home/me/runs/small"]
+    models = [made.model(name, 60, recipe="r", fingerprint="f") for name in names]
+    early = made.failed(made.compression({**models[0], "fingerprint": None}, created="2026-01-01T00:00:00Z"), "x")
+    (row,) = rows_of(made.evaluation(models[0], 12), made.bench(models[1], 30), made.compression(models[2]),
+                     made.bench(models[3], 31), early)  # fmt: skip
+    assert (row.label, row.perplexity, row.decode_tokens_per_s, row.failed) == ("small", 12, 31, False)
+
+
+def test_a_reference_is_found_under_any_name_of_its_model(rows_of: Any, made: ModuleType) -> None:
+    by_name = {"reference": "./runs/base/", "reference_fingerprint": None}
+    base = [made.model(name, fingerprint="f") for name in ("base", "runs/base")]
+    rows = rows_of(
+        *map(made.bench, base), made.evaluation(made.model("x", 60, recipe="x"), 14, 0.1, 0.9, protocol=by_name)
+    )
+    assert reference_of(_find(rows, "x"), rows).label == "base"
+
+
+def test_the_base_is_found_by_fingerprint_or_by_the_last_part_of_its_path(rows_of: Any, made: ModuleType) -> None:
+    known = made.model("int4", 60, recipe="int4", base="smollm2", base_fingerprint="f-1")
+    wanted, other = made.model("runs/smollm2", fingerprint="f-1"), made.model("smollm2", fingerprint="f-2")
+    rows = rows_of(*map(made.bench, (known, wanted, other)))
+    assert [row.fingerprint for row in rows if row.baseline] == ["f-1"]
+    rows = rows_of(*map(made.bench, ({**known, "base_fingerprint": None}, wanted)))
+    assert [row.fingerprint for row in rows if row.baseline] == ["f-1"]
