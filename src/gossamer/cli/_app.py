@@ -6,16 +6,19 @@ as one message; GOSSAMER_DEBUG=1 or --debug shows where they came from.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import GossamerError, UnknownName, UsageError
+from ..errors import GossamerError, ModelNotFound, UnknownName, UsageError
+from ..settings import debugging
 from ._console import print_error
 from .bench import bench
 from .chat import chat
@@ -32,7 +35,8 @@ class _Commands(TyperGroup):
     """The commands, with our own words for one that does not exist."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args and args[0] not in self.commands and not args[0].startswith("-"):
+        known = not args or args[0] in self.commands or args[0].startswith("-")
+        if not known and not ctx.resilient_parsing:  # which is how the shell's completion parses: nothing may be said
             raise UnknownName("command", args[0], self.commands)
         return super().resolve_command(ctx, args)
 
@@ -81,7 +85,8 @@ app.command()(doctor)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    debug = _take_debug(args)
+    if _take_debug(args):
+        os.environ["GOSSAMER_DEBUG"] = "1"
     args = args or ["--help"]
     _let_threads_sleep()
     try:
@@ -92,15 +97,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _close_quietly()
     except (typer.Abort, KeyboardInterrupt):
         return 130
+    except ModelNotFound as error:
+        error.hint = _with_neighbours(error, args)
+        return _failed(error)
     except GossamerError as error:
-        return _failed(error, debug)
+        return _failed(error)
     except typer.TyperException as error:
-        return _failed(_usage_error(error), debug)
+        return _failed(_usage_error(error))
     except (MemoryError, OSError, RuntimeError) as error:
         known = _known_failure(error)
-        if known is None or debug:
+        if known is None or debugging():
             raise
-        return _failed(known, debug)
+        return _failed(known)
 
 
 def _let_threads_sleep() -> None:
@@ -118,11 +126,11 @@ def _take_debug(args: list[str]) -> bool:
     end = args.index("--") if "--" in args else len(args)
     wanted = "--debug" in args[:end]
     args[:end] = [a for a in args[:end] if a != "--debug"]
-    return wanted or os.environ.get("GOSSAMER_DEBUG", "") not in {"", "0"}
+    return wanted
 
 
-def _failed(error: GossamerError, debug: bool) -> int:
-    if debug:
+def _failed(error: GossamerError) -> int:
+    if debugging():
         raise error
     print_error(error)
     return error.exit_code
@@ -142,12 +150,49 @@ def _usage_error(error: typer.TyperException) -> GossamerError:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "gossamer"
     if hasattr(error, "possibilities") and context is not None:
-        known = {option for parameter in context.command.get_params(context) for option in parameter.opts}
-        return UnknownName(
-            "option", str(getattr(error, "option_name", "")), (option for option in known if option.startswith("--"))
-        )
+        return _unknown_option(str(getattr(error, "option_name", "")), context)
     message = getattr(error, "format_message", lambda: str(error))()
     return UsageError(message.rstrip("."), hint=f"{path} --help shows what it takes")
+
+
+def _unknown_option(name: str, context: Any) -> GossamerError:
+    """An option that does not exist, or a prompt that was taken for one."""
+    parameters = context.command.get_params(context)
+    known = {option for parameter in parameters for option in parameter.opts if option.startswith("--")}
+    error = UnknownName("option", name, known)
+    if any(parameter.name == "prompt" for parameter in parameters):
+        near = error.hint if name.startswith("--") and error.hint and error.hint.endswith("?") else None
+        way_out = f"-- goes before a PROMPT that begins with -; {context.command_path} --help lists the options"
+        error.hint = way_out if near is None else f"{near} {way_out}"
+    return error
+
+
+def _with_neighbours(error: ModelNotFound, args: Sequence[str]) -> str | None:
+    """The hint, with the models on disk whose names are nearest to the one that was asked for."""
+    values = [arg.partition("=")[2] if arg.startswith("--") else arg for arg in args]
+    asked = [
+        value for value in values if value and (error.message.startswith(f"{value}:") or repr(value) in error.message)
+    ]
+    near = _models_near(Path(asked[0])) if asked else []
+    if not near:
+        return error.hint
+    hint = "did you mean " + " or ".join(map(repr, near)) + "?"
+    # The hint may speak of aliases, which are the lesser guess: what lies beside the name is what was meant.
+    aliases = error.hint is None or error.hint.endswith("?") or error.hint.startswith("known: ")
+    return hint if aliases else f"{hint} If not: {error.hint}"
+
+
+def _models_near(path: Path) -> list[str]:
+    """Folders with a model and .gguf files beside a path that does not exist, whose names are near its own."""
+    try:
+        models = {entry.name: str(entry) for entry in path.parent.iterdir() if _holds_model(entry)}
+    except OSError:
+        return []
+    return [models[name] for name in difflib.get_close_matches(path.name, models, n=3)]
+
+
+def _holds_model(path: Path) -> bool:
+    return path.suffix == ".gguf" or (path / "config.json").exists() or any(path.glob("*.gguf"))
 
 
 def _close_quietly() -> int:

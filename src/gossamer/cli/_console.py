@@ -24,10 +24,13 @@ SECONDS_BETWEEN_LINES = 10.0
 
 @cache
 def console() -> Console:
-    """The one console, on stderr; honours NO_COLOR and the width of the terminal."""
+    """The one console, on stderr; honours NO_COLOR and the width of the terminal.
+
+    No markup: names of models and files are shown as they are, whatever brackets they have.
+    """
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False, soft_wrap=True)
+    return Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 @contextmanager
@@ -50,7 +53,7 @@ def emit_json(obj: Any) -> None:
 
 def remark(text: str) -> None:
     """A side remark on stderr, dimmed on a terminal."""
-    console().print(text, style="dim", markup=False)
+    console().print(text, style="dim")
 
 
 def print_error(error: GossamerError) -> None:
@@ -64,18 +67,36 @@ def print_error(error: GossamerError) -> None:
 
 
 class _Lines:
-    """Progress for logs: a line now and then of what takes long, and one when that ends."""
+    """Progress for logs: a line now and then of what takes long, with the time left, and one when that ends."""
 
     def __init__(self) -> None:
-        self.label, self.last, self.long = "", 0.0, False
+        self.label, self.first, self.done = "", 0, 0
+        self.start, self.last, self.long = 0.0, 0.0, False
 
     def __call__(self, label: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if label != self.label:
+        if label != self.label or done < self.done:  # other work, or the same kind once more
             self.label, self.last, self.long = label, now, False
+            self.start, self.first = now, done
+        self.done = done
         if now - self.last >= SECONDS_BETWEEN_LINES or (self.long and done >= total):
             self.last, self.long = now, done < total
-            print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
+            print(f"{label}: {done}/{total}{self._left(now, total)}", file=sys.stderr, flush=True)
+
+    def _left(self, now: float, total: int) -> str:
+        """The time left, if what is done since the start tells it."""
+        done = self.done - self.first
+        if done == 0 or self.done >= total:
+            return ""
+        return f", about {duration((now - self.start) * (total - self.done) / done)} left"
+
+
+def duration(seconds: float) -> str:
+    """A length of time, as coarse as an estimate deserves: 40 s, 12 min, 2 h 5 min."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 @contextmanager
@@ -83,9 +104,11 @@ def _bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    label = TextColumn("{task.description}", markup=False)
+    columns = (label, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tasks: dict[str, Any] = {}
-    with Bars(*columns, console=console(), transient=True) as bars:
+    # A block of a large model takes minutes: speed is estimated from the last hour, or there would be no time left.
+    with Bars(*columns, console=console(), transient=True, speed_estimate_period=3600) as bars:
 
         def callback(label: str, done: int, total: int) -> None:
             if label not in tasks:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Literal, TypeAlias
 
 import typer
 
+
+def _hush(quiet: bool) -> bool:
+    """Have the hub library draw no bars either: it reads this when it is imported, here and in worker processes."""
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    return quiet
+
+
 Model: TypeAlias = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf file, hub id or smollm2.")]
 Json: TypeAlias = Annotated[bool, typer.Option("--json", help="Print one JSON line on stdout.")]
-Quiet: TypeAlias = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors.")]
+Quiet: TypeAlias = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=_hush, help="Say nothing on stderr but errors.")
+]
 Seed: TypeAlias = Annotated[int | None, typer.Option("--seed", help="The same seed samples the same text.")]
 MaxTokens: TypeAlias = Annotated[int, typer.Option("--max-tokens", help="Most tokens to generate.")]
 Temperature: TypeAlias = Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token; 1 samples.")]
@@ -17,5 +28,6 @@ TopK: TypeAlias = Annotated[int, typer.Option("--top-k", help="Keep this many of
 MinP: TypeAlias = Annotated[float, typer.Option("--min-p", help="Drop tokens below this share of the likeliest one.")]
 Stop: TypeAlias = Annotated[list[str] | None, typer.Option("--stop", help="End at this text; may be repeated.")]
 Weights: TypeAlias = Annotated[
-    Literal["stored", "float"], typer.Option("--weights", help="stored: as compact as the file; float: fp32.")
+    Literal["stored", "float"],
+    typer.Option("--weights", help="stored: packed as in the file (GGUF: bf16); float: fp32."),
 ]

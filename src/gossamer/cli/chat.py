@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from ..errors import EngineError
+from ..errors import EngineError, GossamerError
 from . import _options as o
 from ._console import print_error, remark
-from .run import Answer, load
+from .run import Answer, load, require_utf8, sampling_params, stdin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,10 +35,10 @@ def chat(
     \b
     gossamer chat smollm2
     """
-    from ..engine import SamplingParams
+    from ..checkpoint import open_checkpoint
 
-    params = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, seed, tuple(stop or ()))
-    llm = load(model, weights, quiet)
+    params = sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
+    llm = load(open_checkpoint(model), weights, quiet, max_tokens)
     if llm.tokenizer.chat_template is None:
         raise EngineError(f"{model} has no chat template", hint="gossamer run continues a text without one")
     conversation = Conversation(llm, params)
@@ -61,42 +61,45 @@ class Conversation:
     def __init__(self, llm: LLM, params: SamplingParams) -> None:
         self.llm, self.params = llm, params
         self.messages: list[dict[str, str]] = []
+        self._asked: list[dict[str, str]] = []
+        """The messages with the question that waits for an answer; without one, nothing has changed."""
 
     def reset(self) -> None:
-        self.messages.clear()
+        self.messages = []
 
     def prompt(self, text: str) -> list[int]:
         """Tokens of the conversation with this question at its end. Raises EngineError if it alone is too long."""
-        self.messages.append({"role": "user", "content": text})
+        messages = [*self.messages, {"role": "user", "content": text}]
         limit = self.llm.config.max_positions
         room = min(self.params.max_tokens, limit // 4)
-        tokens = self.llm.chat_tokens(self.messages)
-        while len(tokens) > limit - room and len(self.messages) > 1:
-            del self.messages[:2]  # a question and its answer
-            tokens = self.llm.chat_tokens(self.messages)
+        tokens = self.llm.chat_tokens(messages)
+        while len(tokens) > limit - room and len(messages) > 1:
+            del messages[:2]  # a question and its answer
+            tokens = self.llm.chat_tokens(messages)
         if len(tokens) >= limit:
-            self.messages.pop()
             raise EngineError(f"the question has {len(tokens):,} tokens, the context of the model {limit:,}")
+        self._asked = messages
         return tokens
 
     def answered(self, text: str) -> None:
-        self.messages.append({"role": "assistant", "content": text})
+        self.messages = [*self._asked, {"role": "assistant", "content": text}]
 
 
 def _answer(conversation: Conversation, line: str, quiet: bool) -> None:
-    """Stream one answer; ctrl-C keeps what was said so far."""
+    """Stream one answer. Ctrl-C keeps what was said so far; after an error the question is as if never asked."""
     answer = Answer()
     try:
-        tokens = conversation.prompt(line)
-    except EngineError as error:
+        tokens = conversation.prompt(require_utf8(line, "the question"))
+        try:
+            answer.follow(conversation.llm.stream(tokens, conversation.params))
+        except KeyboardInterrupt:
+            answer.finish_reason = "interrupted"
+    except GossamerError as error:
+        if answer.text:
+            print(flush=True)
         print_error(error)
         return
-    try:
-        answer.follow(conversation.llm.stream(tokens, conversation.params))
-    except KeyboardInterrupt:
-        answer.finish_reason = "interrupted"
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    print(flush=True)
     conversation.answered(answer.text)
     if not quiet:
         remark(answer.summary(len(tokens)))
@@ -104,12 +107,13 @@ def _answer(conversation: Conversation, line: str, quiet: bool) -> None:
 
 def _lines(quiet: bool) -> Iterator[str]:
     """Stripped lines of stdin, asked for with a prompt where someone is typing."""
-    typing = sys.stdin.isatty()
+    lines = stdin()
+    typing = lines.isatty()
     if typing:
         import readline  # noqa: F401  # importing it gives input() its history and editing keys
     while True:
         try:
-            line = input("> ") if typing else sys.stdin.readline()
+            line = _typed(quiet) if typing else lines.readline()
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -118,3 +122,12 @@ def _lines(quiet: bool) -> Iterator[str]:
         if not typing and not line:
             return
         yield line.strip()
+
+
+def _typed(quiet: bool) -> str:
+    """A line from the terminal; the prompt goes to stderr where stdout is a file, which is for answers alone."""
+    if sys.stdout.isatty():
+        return input("> ")
+    if not quiet:
+        print("> ", end="", file=sys.stderr, flush=True)
+    return input()

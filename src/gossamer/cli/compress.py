@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ._console import Progress, console, emit_json, progress
+from ._console import Progress, console, emit_json, progress, remark
 from ._options import Json, Model, Quiet
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..compress.calibration import Calibration
-    from ..compress.pipeline import Result
+    from ..compress.pipeline import Later, Result
     from ..compress.recipe import Recipe
 
 RecipeOption = Annotated[
@@ -53,55 +53,93 @@ def compress(
 
     from .. import settings
     from ..checkpoint import open_checkpoint
-    from ..compress.method import Needs
     from ..compress.pipeline import compress as run
-    from ..compress.plan import check_fit, make_plan
+    from ..errors import GossamerError
     from ..measure.memory import peak_rss
-    from ..measure.records import append_record, engine_block, make_record, model_block
+    from ..measure.records import append_record, check_writable
 
     torch.set_num_threads(settings.threads())
     started = time.monotonic()
     checkpoint = open_checkpoint(model)
     recipe_ = with_overrides(read_recipe(recipe), calibration, calibration_sequences, calibration_length, seed)
-    plan = make_plan(checkpoint.config, recipe_, checkpoint.dtype)
-    needs = recipe_.methods()[0].needs
-    check_fit(plan, available_memory(), free_disk(out), needs is not Needs.NOTHING)
-    with progress(quiet) as report:
-        text = _calibration(recipe, recipe_, checkpoint, report) if recipe_.needs_calibration() else None
-        result = run(checkpoint, recipe_, out, text, progress=report, overwrite=overwrite, restart=restart)
-    row = make_record(
+    if record is not None:
+        check_writable(record)
+    try:
+        with progress(quiet) as report:
+            text = calibration_of(recipe, recipe_, checkpoint, report)
+            result = run(checkpoint, recipe_, out, text, progress=report, overwrite=overwrite, restart=restart)
+    except GossamerError as error:
+        if record is not None:
+            append_record(record, _failed(checkpoint, recipe_, out, error))
+        raise
+    cost = {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss()}
+    row = _made(open_checkpoint(out), recipe_, result, dict.fromkeys(cost) if result.existed else cost)
+    if record is not None and not (result.existed and _is_recorded(record, row)):
+        append_record(record, row)
+    if json:
+        emit_json(row)
+    elif not quiet:
+        _say(row, result)
+
+
+def _made(artifact: Checkpoint, recipe: Recipe, result: Result, cost: dict[str, Any]) -> dict[str, Any]:
+    """The record of an artifact; its cost is unknown if an earlier run made it."""
+    from ..engine import isa_in_use
+    from ..measure.records import engine_block, make_record, model_block
+
+    text = (artifact.manifest or {}).get("calibration")
+    return make_record(
         "compress",
-        model=model_block(open_checkpoint(out)),
-        engine=engine_block(),
-        protocol={"recipe": recipe_.canonical(), "calibration": _without_lines(text)},
+        model=model_block(artifact),
+        engine=engine_block(kernels=isa_in_use()),
+        protocol={
+            "recipe": recipe.canonical(),
+            "calibration": text and {key: value for key, value in text.items() if key != "line_hashes"},
+        },
         results={
-            "seconds": round(time.monotonic() - started, 3),
-            "peak_rss_bytes": peak_rss(),
+            **cost,
             "error_kind": result.error_kind,
             "layers": result.layers,
             "resumed_units": result.resumed,
         },
     )
-    if record is not None and not result.existed:
-        append_record(record, row)
-    if json:
-        emit_json(row)
-    elif not quiet:
-        _say(row, result, plan.shared_head)
 
 
-def _say(row: dict[str, Any], result: Result, shared_head: bool) -> None:
-    model, seconds = row["model"], row["results"]["seconds"]
+def _failed(checkpoint: Checkpoint, recipe: Recipe, out: Path, error: Exception) -> dict[str, Any]:
+    """The record of an artifact that could not be made."""
+    from ..measure.records import engine_block, make_record, unknown_model_block
+
+    model = {**unknown_model_block(str(out)), "base": checkpoint.name, "recipe": recipe.name}
+    protocol = {"recipe": recipe.canonical(), "calibration": None}
+    return make_record("compress", model=model, engine=engine_block(), protocol=protocol, error=str(error))
+
+
+def _is_recorded(path: Path, row: dict[str, Any]) -> bool:
+    """True if the file holds a good record of these very bytes already."""
+    from json import loads
+
+    if not path.exists():
+        return False
+    rows = [loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    wanted = ("compress", "ok", row["model"]["fingerprint"])
+    return any((r.get("kind"), r.get("status"), r.get("model", {}).get("fingerprint")) == wanted for r in rows)
+
+
+def _say(row: dict[str, Any], result: Result) -> None:
+    from ..model import OWN_PREFIX
+
+    model, cost = row["model"], row["results"]
     if result.existed:
-        console().print(f"{result.path} is there already, made from the same model by the same recipe")
+        remark(f"{result.path} is there already, made from the same model by the same recipe")
         return
     resumed = f", {result.resumed} units from an earlier run" if result.resumed else ""
     console().print(
         f"{result.path}: {model['weight_bytes'] / 1e6:.1f} MB, {model['bits_per_weight']:.2f} bits per weight, "
-        f"made in {seconds:.0f} s with at most {row['results']['peak_rss_bytes'] / 1e9:.2f} GB of memory{resumed}"
+        f"made in {cost['seconds']:.0f} s with at most {cost['peak_rss_bytes'] / 1e9:.2f} GB of memory{resumed}",
+        markup=False,
     )
-    if shared_head:
-        console().print("embedding and head are packed: Gossamer reads this folder, transformers and vLLM refuse it")
+    if OWN_PREFIX in (result.path / "config.json").read_text(encoding="utf-8"):
+        remark("the embedding is packed: Gossamer reads this folder, transformers and vLLM refuse it")
 
 
 def read_recipe(name: str) -> Recipe:
@@ -121,36 +159,32 @@ def recipes_folder() -> Path:
 def with_overrides(
     recipe: Recipe, source: str | None, sequences: int | None, length: int | None, seed: int | None
 ) -> Recipe:
-    """The recipe with its calibration changed by what the command line gives."""
+    """The recipe with its calibration changed by what the command line gives. Raises UsageError if it uses none."""
     from ..compress.recipe import parse_recipe
+    from ..errors import UsageError
 
     given = {"source": source, "sequences": sequences, "length": length, "seed": seed}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given and not recipe.needs_calibration():
+        options = {"source": "--calibration", "seed": "--seed"}
+        named = ", ".join(options.get(key, f"--calibration-{key}") for key in given)
+        raise UsageError(
+            f"recipe {recipe.name} uses no calibration, but the command line gives {named}",
+            hint="leave it away, or take a recipe with method gptq",
+        )
     plain = recipe.model_dump(mode="json")
-    plain["calibration"] |= {key: value for key, value in given.items() if value is not None}
+    plain["calibration"] |= given
     return parse_recipe(plain, "command line")
 
 
-def available_memory() -> int:
-    """Bytes that this process may still take."""
-    from ..checkpoint.memory import available_memory as available
+def calibration_of(name: str, recipe: Recipe, checkpoint: Checkpoint, report: Progress) -> Calibration | Later | None:
+    """What the recipe named `name` calibrates on: nothing, an artifact's own tokens, or text yet to be had."""
+    from ..compress.calibration import cached_samples, calibrate
+    from ..compress.pipeline import Later
 
-    return available()
-
-
-def free_disk(out: Path) -> int:
-    """Bytes free where `out` will be."""
-    import shutil
-
-    folder = out.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def _calibration(name: str, recipe: Recipe, checkpoint: Checkpoint, report: Progress) -> Calibration:
-    from ..compress.calibration import calibrate
-
-    replay = _recorded(name, recipe)
+    if not recipe.needs_calibration():
+        return None
+    replay = _recorded(name, recipe, checkpoint)
     if replay is not None:
         return replay
 
@@ -160,29 +194,51 @@ def _calibration(name: str, recipe: Recipe, checkpoint: Checkpoint, report: Prog
         def step(label: str, done: int, total: int) -> None:
             report("sampling calibration text from the model", done, total)
 
-        return LLM(checkpoint).sample_tokens(sequences, length, seed, progress=step)
+        return LLM(checkpoint, progress=report).sample_tokens(sequences, length, seed, progress=step)
 
-    return calibrate(recipe.calibration, checkpoint, generate)
+    spec = recipe.calibration
+    memory = 0
+    if spec.source == "self" and not cached_samples(spec, checkpoint):
+        from ..engine import sampling_bytes
+
+        memory = sampling_bytes(checkpoint, spec.sequences, spec.length)
+    return Later(lambda: calibrate(spec, checkpoint, generate), memory)
 
 
-def _recorded(name: str, recipe: Recipe) -> Calibration | None:
-    """The calibration tokens of the artifact that is replayed, unless the command line asks for others."""
+def _recorded(name: str, recipe: Recipe, checkpoint: Checkpoint) -> Calibration | None:
+    """The calibration tokens of the artifact that is replayed, unless the command line or the model asks for others."""
     from ..checkpoint.manifest import read_manifest
     from ..checkpoint.safetensors_io import SafetensorsFile
     from ..compress.calibration import replayed
     from ..compress.pipeline import CALIBRATION_FILE
+    from ..compress.recipe import artifact_folder
+    from ..errors import UsageError
 
-    folder = Path(name)
-    manifest = read_manifest(folder) if folder.is_dir() else None
-    if manifest is None or manifest.calibration is None or not (folder / CALIBRATION_FILE).exists():
+    folder = artifact_folder(name, recipes_folder())
+    manifest = None if folder is None else read_manifest(folder)
+    if folder is None or manifest is None or manifest.calibration is None or not (folder / CALIBRATION_FILE).exists():
         return None
-    if manifest.recipe["calibration"] != recipe.calibration.model_dump(mode="json"):
+    if manifest.recipe.get("calibration") != recipe.calibration.model_dump(mode="json"):
         return None
+    if manifest.base.fingerprint != checkpoint.fingerprint():
+        if manifest.calibration.kind == "self":
+            return None  # `self` means the model at hand
+        raise UsageError(
+            f"{folder} records the tokens of {recipe.calibration.source} for another model",
+            hint="give the text again with --calibration FILE",
+        )
+    _say_differences(folder, manifest.versions)
     tokens = SafetensorsFile(folder / CALIBRATION_FILE).read("tokens").long()
     return replayed(recipe.calibration, manifest.calibration.model_dump(mode="json"), tokens)
 
 
-def _without_lines(calibration: Calibration | None) -> dict[str, Any] | None:
-    if calibration is None:
-        return None
-    return {key: value for key, value in calibration.record.items() if key != "line_hashes"}
+def _say_differences(folder: Path, recorded: dict[str, str]) -> None:
+    """A replay gives the same bytes only with the same arithmetic: say what is not the same here."""
+    from ..compress.pipeline import versions
+
+    here = versions()
+    changed = [
+        f"{name} {was}, here {here.get(name)}" for name, was in sorted(recorded.items()) if here.get(name) != was
+    ]
+    if changed:
+        remark(f"{folder} was made with {'; '.join(changed)}: the bytes may differ")

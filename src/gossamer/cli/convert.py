@@ -27,9 +27,7 @@ def convert(
 
     checkpoint = open_checkpoint(model)
     with progress(quiet) as report:
-        report("writing", 0, 1)
-        save_folder(checkpoint, out)
-        report("writing", 1, 1)
+        save_folder(checkpoint, out, progress=report)
     saved = open_checkpoint(out)
     if json:
         emit_json({"path": str(out), "weight_bytes": saved.weight_bytes(), "note": saved.source_note})

@@ -13,10 +13,10 @@ import typer
 
 from .. import __version__, settings
 from . import _options as o
-from ._console import console, emit_json
+from ._console import emit_json
 
 Status = Literal["ok", "warning", "broken"]
-MARKS = {"ok": "[green]ok[/green]", "warning": "[yellow]warning[/yellow]", "broken": "[red]broken[/red]"}
+COLOURS: dict[Status, str] = {"ok": "green", "warning": "yellow", "broken": "red"}
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,15 @@ def doctor(
     healthy = all(check.status != "broken" for check in checks)
     if json:
         emit_json({"gossamer": __version__, "healthy": healthy, "checks": [asdict(check) for check in checks]})
-    elif not quiet:
-        _print(checks)
+    else:
+        _print(checks)  # quiet or not: the findings are what was asked for, and nothing else is said
     if not healthy:
         raise typer.Exit(1)
 
 
 def _print(checks: list[Check]) -> None:
+    """A table on stdout, wrapped to the terminal if there is one."""
+    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -60,15 +62,18 @@ def _print(checks: list[Check]) -> None:
         found = Text(check.found)
         if check.fix:
             found.append(f"\n{check.fix}", style="bold")
-        table.add_row(check.name, MARKS[check.status], found)
-    console().print(table)
+        table.add_row(check.name, Text(check.status, COLOURS[check.status]), found)
+    screen = Console(highlight=False)
+    (screen if screen.is_terminal else Console(highlight=False, width=10_000)).print(table)
 
 
 def _guarded(check: Callable[[], Check]) -> Check:
-    """A check that fails in a way of its own is a finding too."""
+    """A check that fails in a way of its own is a finding too, or an error with its traceback if that is wanted."""
     try:
         return check()
     except Exception as error:
+        if settings.debugging():
+            raise
         name = check.__name__.strip("_").replace("_", " ")
         return Check(name, "broken", f"{type(error).__name__}: {error}", "gossamer --debug doctor shows more")
 

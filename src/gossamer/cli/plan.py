@@ -7,16 +7,18 @@ from typing import Annotated
 
 import typer
 
-from ._console import emit_json
+from ._console import emit_json, remark
 from ._options import Json, Model, Quiet
-from .compress import RecipeOption, Sequences, available_memory, free_disk, read_recipe, with_overrides
+from .compress import CalibrationText, Length, RecipeOption, Sequences, calibration_of, read_recipe, with_overrides
 
 
 def plan(
     model: Model,
     recipe: RecipeOption,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the result would go.")] = Path(),
+    calibration: CalibrationText = None,
     calibration_sequences: Sequences = None,
+    calibration_length: Length = None,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context to plan the cache for.")] = 2048,
     json: Json = False,
     quiet: Quiet = False,
@@ -27,14 +29,19 @@ def plan(
     gossamer plan smollm2 --recipe int4-gptq
     """
     from ..checkpoint import open_checkpoint
+    from ..checkpoint.memory import available_memory
     from ..compress.method import Needs
-    from ..compress.plan import check_fit, make_plan
+    from ..compress.pipeline import Later
+    from ..compress.plan import BASE_BYTES, check_fit, free_disk, make_plan
 
     checkpoint = open_checkpoint(model)
-    recipe_ = with_overrides(read_recipe(recipe), None, calibration_sequences, None, None)
-    planned = make_plan(checkpoint.config, recipe_, checkpoint.dtype)
+    recipe_ = with_overrides(read_recipe(recipe), calibration, calibration_sequences, calibration_length, None)
+    text = calibration_of(recipe, recipe_, checkpoint, lambda label, done, total: None)
+    sampling = text.memory if isinstance(text, Later) else 0
+    planned = make_plan(checkpoint.config, recipe_, checkpoint.dtype, sampling)
     memory, disk = available_memory(), free_disk(out)
     kv = 4 * checkpoint.config.kv_elements_per_token()
+    running = BASE_BYTES + planned.output_bytes + kv * context
     row = {
         "model": checkpoint.name,
         "recipe": recipe_.name,
@@ -43,9 +50,10 @@ def plan(
         "output_bytes": planned.output_bytes,
         "bits_per_weight": round(planned.bits_per_weight, 4),
         "formats": sorted({form.name for form in planned.formats.values()}),
+        "sampling_bytes": planned.sampling_bytes,
         "compress_peak_bytes": planned.peak_bytes,
         "compress_disk_bytes": planned.disk_bytes,
-        "run_bytes": planned.output_bytes + kv * context,
+        "run_bytes": running,
         "kv_bytes_per_token": kv,
         "context": context,
         "memory_available_bytes": memory,
@@ -53,9 +61,11 @@ def plan(
     }
     if json:
         emit_json(row)
-    elif not quiet:
+    else:
         _print(row)
     check_fit(planned, memory, disk, recipe_.methods()[0].needs is not Needs.NOTHING)
+    if running > memory and not quiet:
+        remark("the result would not run in the memory that is free now: take fewer bits or a shorter --context")
 
 
 def _print(row: dict[str, object]) -> None:
@@ -70,6 +80,8 @@ def _print(row: dict[str, object]) -> None:
     table.add_row("weights after", f"{mb('output_bytes')}  ({row['bits_per_weight']} bits per weight)")
     table.add_row("formats", ", ".join(row["formats"]))  # type: ignore[arg-type]
     table.add_row("memory to compress", f"{mb('compress_peak_bytes')}  of {mb('memory_available_bytes')} free")
+    if row["sampling_bytes"]:
+        table.add_row("", f"{mb('sampling_bytes')} of it for the model, which writes its own calibration text")
     table.add_row("disk to compress", f"{mb('compress_disk_bytes')}  of {mb('disk_available_bytes')} free")
-    table.add_row("memory to run", f"{mb('run_bytes')}  (weights and {row['context']} tokens of context)")
-    Console(highlight=False).print(table)
+    table.add_row("memory to run", f"{mb('run_bytes')}  (the process, its weights, {row['context']} tokens of context)")
+    Console(highlight=False, markup=False).print(table)

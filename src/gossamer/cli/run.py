@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ..errors import UsageError
+from ..errors import EngineError, UsageError
 from . import _options as o
 from ._console import emit_json, progress, remark
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ..engine import LLM, Token
+    from ..checkpoint import Checkpoint, Tokenizer
+    from ..engine import LLM, SamplingParams, Token
     from ..engine.llm import Weights
 
 
@@ -40,14 +42,15 @@ def run(
     \b
     gossamer run smollm2 "Why is the sky blue?"
     """
-    from ..engine import SamplingParams
+    from ..checkpoint import open_checkpoint
 
-    params = SamplingParams(max_tokens, temperature, top_p, top_k, min_p, seed, tuple(stop or ()))
-    text = sys.stdin.read() if prompt == "-" else prompt
+    params = sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
+    text = require_utf8(stdin().read() if prompt == "-" else prompt)
     if not text:
         raise UsageError("the prompt is empty", hint="gossamer run MODEL PROMPT, or - to read it from stdin")
-    llm = load(model, weights, quiet)
-    tokens = prompt_tokens(llm, text, raw)
+    checkpoint = open_checkpoint(model)
+    tokens = prompt_tokens(checkpoint.tokenizer(), text, raw)
+    llm = load(checkpoint, weights, quiet, len(tokens) + max_tokens)
     answer = Answer()
     answer.follow(llm.stream(tokens, params), show=not json)
     if json:
@@ -58,19 +61,56 @@ def run(
             remark(answer.summary(len(tokens)))
 
 
-def load(model: str, weights: Weights, quiet: bool) -> LLM:
-    """The model, loaded under a progress bar. Raises as LLM does."""
+def sampling_params(
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    seed: int | None,
+    stop: list[str] | None,
+) -> SamplingParams:
+    """What the command line asks for. Raises UsageError where the engine would refuse it."""
+    from ..engine import SamplingParams
+
+    stops = tuple(require_utf8(text, "a stop text") for text in stop or ())
+    try:
+        return SamplingParams(max_tokens, temperature, top_p, top_k, min_p, seed, stops)
+    except EngineError as error:
+        raise UsageError(error.message, hint=error.hint) from error
+
+
+def stdin() -> TextIO:
+    """stdin, with bytes that are no text kept as surrogates: `require_utf8` can then say so, and reading can go on."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return sys.stdin
+
+
+def require_utf8(text: str, what: str = "the prompt") -> str:
+    """The text itself. Raises UsageError if it came from bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{what} is not UTF-8 at character {error.start + 1}", hint="iconv -f ENCODING -t UTF-8 converts a text"
+        ) from error
+    return text
+
+
+def load(checkpoint: Checkpoint, weights: Weights, quiet: bool, tokens: int) -> LLM:
+    """The model with room for a prompt and its answer of so many tokens, loaded under a progress bar. Raises as LLM."""
     from ..engine import LLM
 
     with progress(quiet) as callback:
-        return LLM(model, weights, progress=callback)
+        return LLM(checkpoint, weights, reserve_tokens=tokens, progress=callback)
 
 
-def prompt_tokens(llm: LLM, text: str, raw: bool) -> list[int]:
+def prompt_tokens(tokenizer: Tokenizer, text: str, raw: bool) -> list[int]:
     """Token ids of a prompt, in the model's chat template if it has one and `raw` is not asked for."""
-    if raw or llm.tokenizer.chat_template is None:
-        return llm.tokenizer.encode(text)
-    return llm.chat_tokens([{"role": "user", "content": text}])
+    if raw or tokenizer.chat_template is None:
+        return tokenizer.encode(text)
+    return tokenizer.chat([{"role": "user", "content": text}])
 
 
 @dataclass

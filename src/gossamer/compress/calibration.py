@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import importlib
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from .recipe import CalibrationSpec
 Generate = Callable[[int, int, int], Tensor]
 """(sequences, length, seed) -> tokens [sequences, length], sampled at temperature 1 from the model's start token."""
 
-SAMPLER = 1
+SAMPLER = 2
 """Counts changes of the sampling rule, so that an old cache is not taken for a new one."""
 MAX_TEXT = 1 << 30
 
@@ -41,7 +42,12 @@ class Calibration:
 
 
 def calibrate(spec: CalibrationSpec, checkpoint: Checkpoint, generate: Generate | None) -> Calibration:
-    """The tokens that a recipe asks for. Raises UsageError or CompressionError if they cannot be had."""
+    """The tokens [sequences, length] that a recipe asks for.
+
+    Raises UsageError (the source cannot be read), ModelNotFound (the hub), CompressionError (sequences longer than the
+    model's context, a text that is too short).
+    """
+    _check_length(spec, checkpoint)
     if spec.source == "self":
         tokens = _from_model(spec, checkpoint, generate)
         return Calibration(tokens, _record(spec, "self", tokens, []))
@@ -50,8 +56,16 @@ def calibrate(spec: CalibrationSpec, checkpoint: Checkpoint, generate: Generate 
     return Calibration(tokens, _record(spec, "text", tokens, line_hashes(text), text_sha256=text_sha256(text)))
 
 
+def cached_samples(spec: CalibrationSpec, checkpoint: Checkpoint) -> bool:
+    """True if the model's own samples are in the cache, so that `calibrate` need not run the model.
+
+    False for a source that is not `self`. Writes nothing.
+    """
+    return spec.source == "self" and _cached(_samples_path(spec, checkpoint), spec) is not None
+
+
 def replayed(spec: CalibrationSpec, record: dict[str, Any], tokens: Tensor) -> Calibration:
-    """The recorded tokens of an artifact, checked against their hash."""
+    """The recorded tokens [sequences, length] of an artifact. Raises CompressionError if their hash is another."""
     found = token_hash(tokens)
     if found != record.get("sha256"):
         raise CompressionError(f"the artifact's calibration tokens have sha256 {found[:12]}..., not the recorded one")
@@ -64,8 +78,6 @@ def token_hash(tokens: Tensor) -> str:
 
 
 def _record(spec: CalibrationSpec, kind: str, tokens: Tensor, lines: list[str], **details: str) -> dict[str, Any]:
-    # The manifest names the source but no folder of the machine that it came from.
-    source = Path(spec.source).name if kind == "text" and not spec.source.startswith("hub:") else spec.source
     return {
         "kind": kind,
         "sha256": token_hash(tokens),
@@ -73,13 +85,21 @@ def _record(spec: CalibrationSpec, kind: str, tokens: Tensor, lines: list[str], 
         "length": tokens.shape[1],
         "seed": spec.seed,
         "line_hashes": lines,
-        "details": {"source": source, **details},
+        "details": {"source": spec.public_source, **details},
     }
 
 
+def _check_length(spec: CalibrationSpec, checkpoint: Checkpoint) -> None:
+    limit = checkpoint.config.max_positions
+    if spec.length > limit:
+        raise CompressionError(
+            f"calibration sequences of {spec.length} tokens are longer than the {limit} positions of {checkpoint.name}",
+            hint=f"--calibration-length {limit}, or less",
+        )
+
+
 def _from_model(spec: CalibrationSpec, checkpoint: Checkpoint, generate: Generate | None) -> Tensor:
-    key = json.dumps([SAMPLER, checkpoint.fingerprint(), spec.sequences, spec.length, spec.seed])
-    path = cache_dir("calibration") / f"{_sha(key.encode())}.int32"
+    path = _samples_path(spec, checkpoint)
     cached = _cached(path, spec)
     if cached is not None:
         return cached
@@ -90,8 +110,14 @@ def _from_model(spec: CalibrationSpec, checkpoint: Checkpoint, generate: Generat
 
     from ..checkpoint.atomic import write_file
 
+    path.parent.mkdir(exist_ok=True)
     write_file(path, np.ascontiguousarray(tokens.to(torch.int32).numpy()).tobytes())
     return tokens
+
+
+def _samples_path(spec: CalibrationSpec, checkpoint: Checkpoint) -> Path:
+    key = json.dumps([SAMPLER, checkpoint.fingerprint(), spec.sequences, spec.length, spec.seed])
+    return cache_dir() / "calibration" / f"{_sha(key.encode())}.int32"
 
 
 def _cached(path: Path, spec: CalibrationSpec) -> Tensor | None:
@@ -139,24 +165,44 @@ def _hub_text(name: str) -> str:
 
 
 def _read_text(path: Path) -> str:
+    """The text of a file: parquet, JSON lines or plain, the last two gzipped or not. Raises UsageError naming it."""
     if path.suffix == ".parquet":
-        try:
-            parquet = importlib.import_module("pyarrow.parquet")
-        except ImportError as e:
-            raise UsageError(f"{path.name} is parquet", hint="pip install pyarrow, or name a text file") from e
-        return "\n".join(str(t) for t in parquet.read_table(path, columns=["text"])["text"].to_pylist())
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rb") as f:
-        raw = f.read(MAX_TEXT + 1)
-    if len(raw) > MAX_TEXT:
-        raise UsageError(f"{path} has over {MAX_TEXT >> 30} GiB of text", hint="take a part of it")
+        return _parquet_text(path)
+    raw = _read_bytes(path)
     try:
         text = raw.decode("utf-8")
         if ".json" in path.name:
-            return "\n".join(str(json.loads(line)["text"]) for line in text.splitlines() if line.strip())
-    except (UnicodeDecodeError, ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"{path} is not UTF-8 text (or JSON lines with a `text` field): {e}") from e
+            # JSON allows every other line separator of Unicode inside its strings.
+            text = "\n".join(str(json.loads(line)["text"]) for line in text.split("\n") if line.strip())
+            text.encode("utf-8")  # an escape may stand for half a character, which is no text
+    except (UnicodeError, ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UsageError(f"{path} is not UTF-8 text (or JSON lines with a `text` field): {e!s:.200}") from e
     return text
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            raw: bytes = f.read(MAX_TEXT + 1)
+    except (OSError, EOFError, zlib.error) as e:  # the last two, and BadGzipFile, are what gzip says of damage
+        raise UsageError(f"calibration text {path} cannot be read: {e}", hint="fetch or pack it again") from e
+    if len(raw) > MAX_TEXT:
+        raise UsageError(f"{path} has over {MAX_TEXT >> 30} GiB of text", hint="take a part of it")
+    return raw
+
+
+def _parquet_text(path: Path) -> str:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as e:
+        raise UsageError(f"{path.name} is parquet", hint="pip install pyarrow, or name a text file") from e
+    try:
+        column = parquet.read_table(path, columns=["text"])["text"]
+    except (OSError, ValueError, KeyError, NotImplementedError) as e:  # each error of pyarrow is one of these too
+        raise UsageError(
+            f"{path} is not parquet with a `text` column: {e!s:.200}", hint="name a text file or JSON lines"
+        ) from e
+    return "\n".join(str(t) for t in column.to_pylist())
 
 
 def _sha(data: bytes) -> str:

@@ -1,7 +1,8 @@
 """What is finished, on disk, so that a killed run goes on where it stopped. Knows no model and no method.
 
 A work folder holds one file per finished unit and `journal.jsonl`: a header that says exactly what is being made,
-then one line per unit with its file's hash. A unit counts once its line is on disk. A resume with another header stops.
+then one line per unit with its file's hash. Every line carries a hash of itself. A unit counts once its file, its name
+in the folder and its line are on disk. A resume with another header stops.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.atomic import sync
+from ..checkpoint.manifest import sha256
 from ..errors import ResumeMismatch
 
 NAME = "journal.jsonl"
@@ -26,72 +29,80 @@ class Journal:
         self.folder = folder
         self.path = folder / NAME
         self.done: dict[str, dict[str, Any]] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = self._read()
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            sync(folder.parent)
+        lines = _read(self.path)
         if not lines:
             self._append({"header": header})
+            sync(folder)
         else:
-            self._check_header(lines[0], header)
+            require_same(folder, header)
             for number, line in enumerate(lines[1:], start=2):
                 self._load(number, line)
 
     def add(self, unit: str, file: Path, notes: Mapping[str, Any]) -> None:
         """Record a unit whose file is complete and synced."""
-        entry = {"unit": unit, "file": file.name, "sha256": file_hash(file), "notes": dict(notes)}
+        entry = {"unit": unit, "file": file.name, "sha256": sha256(file), "notes": dict(notes)}
+        sync(self.folder)  # before the line that relies on the file's name
         self._append(entry)
         self.done[unit] = entry
 
-    def _read(self) -> list[dict[str, Any]]:
-        if not self.path.exists():
-            return []
-        raw = self.path.read_bytes()
-        complete = raw[: raw.rfind(b"\n") + 1]
-        if complete != raw:  # killed while writing the last line: that unit is simply not done
-            with self.path.open("r+b") as f:
-                f.truncate(len(complete))
-        lines = []
-        for number, text in enumerate(complete.splitlines(), start=1):
-            try:
-                line = json.loads(text)
-            except ValueError as e:
-                raise self._damaged(number) from e
-            if not isinstance(line, dict):
-                raise self._damaged(number)
-            lines.append(line)
-        return lines
-
-    def _check_header(self, line: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-        if "header" not in line:
-            raise self._damaged(1)
-        for path, was, now in differences(line["header"], json.loads(json.dumps(header))):
-            raise ResumeMismatch(
-                f"{self.folder} holds unfinished work of another run: {path} was {was!r}, is now {now!r}",
-                hint="repeat the earlier command to finish it, or give --restart to discard it",
-            )
-
     def _load(self, number: int, line: dict[str, Any]) -> None:
-        try:
-            unit, file, expected = line["unit"], self.folder / Path(line["file"]).name, line["sha256"]
-            line["notes"]
-        except (KeyError, TypeError) as e:
-            raise self._damaged(number) from e
-        if not file.exists() or file_hash(file) != expected:
+        unit, file, expected = line["unit"], self.folder / Path(line["file"]).name, line["sha256"]
+        if not file.exists() or sha256(file) != expected:
             raise ResumeMismatch(
-                f"{file} is not the file that {self.path.name} line {number} records (sha256 {str(expected)[:12]}...)",
+                f"{file} is not the file that {self.path.name} line {number} records (sha256 {expected[:12]}...)",
                 hint="give --restart to discard the unfinished work",
             )
         self.done[unit] = line
 
-    def _damaged(self, number: int) -> ResumeMismatch:
-        return ResumeMismatch(
-            f"{self.path} line {number} is damaged", hint="give --restart to discard the unfinished work"
-        )
-
     def _append(self, entry: Mapping[str, Any]) -> None:
         with self.path.open("ab") as f:
-            f.write(json.dumps(entry, sort_keys=True).encode() + b"\n")
+            f.write(json.dumps({**entry, "check": _check(entry)}, sort_keys=True).encode() + b"\n")
             f.flush()
             os.fsync(f.fileno())
+
+
+def require_same(folder: Path, header: Mapping[str, Any]) -> None:
+    """Raise ResumeMismatch if a work folder is of other work, naming the first of these keys that differs, in order."""
+    lines = _read(folder / NAME)
+    if not lines:
+        return
+    was = lines[0]["header"]
+    for key, now in json.loads(json.dumps(header)).items():
+        for path, old, new in differences(was.get(key), now, key):
+            raise ResumeMismatch(
+                f"{folder} holds unfinished work of another run: {path} was {old!r}, is now {new!r}",
+                hint="repeat the earlier command to finish it, or give --restart to discard it",
+            )
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal, each found undamaged; one cut off by a kill is removed, for that unit is not done."""
+    if not path.exists():
+        return []
+    raw = path.read_bytes()
+    complete = raw[: raw.rfind(b"\n") + 1]
+    if complete != raw:
+        with path.open("r+b") as f:
+            f.truncate(len(complete))
+    return [_parse(path, number, text) for number, text in enumerate(complete.splitlines(), start=1)]
+
+
+def _parse(path: Path, number: int, text: bytes) -> dict[str, Any]:
+    try:
+        line = json.loads(text)
+        intact = line.pop("check") == _check(line) and ("header" in line) == (number == 1)
+    except (ValueError, LookupError, AttributeError, TypeError):
+        intact = False
+    if not intact:
+        raise ResumeMismatch(f"{path} line {number} is damaged", hint="give --restart to discard the unfinished work")
+    return dict(line)
+
+
+def _check(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(was: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -104,9 +115,3 @@ def differences(was: Any, now: Any, path: str = "") -> Iterator[tuple[str, Any, 
             yield from differences(a, b, f"{path}[{i}]")
     elif was != now:
         yield path, was, now
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

@@ -1,6 +1,6 @@
 """Runs a recipe over a checkpoint, block by block: bounded memory, durable progress, whole output or none.
 
-    lock -> open the journal -> embedding, then each block: load, compress, write, record -> assemble -> rename
+    lock -> is it there? does it fit? -> calibration -> journal -> each block: load, compress, write, record -> rename
 
 Every unit is computed from the checkpoint, the calibration tokens and the units before it, never from anything that
 only lives in memory: a run that was killed and resumed gives the same bytes as one that was not.
@@ -23,18 +23,19 @@ from torch import Tensor, nn
 from .. import __version__
 from ..checkpoint import Checkpoint
 from ..checkpoint.atomic import Lock, atomic_folder
-from ..checkpoint.manifest import Base, Manifest, hash_files, read_manifest, write_manifest
 from ..checkpoint.manifest import Calibration as CalibrationRecord
+from ..checkpoint.manifest import Manifest, base_of, hash_files, read_manifest, write_manifest
+from ..checkpoint.memory import available_memory
 from ..checkpoint.safetensors_io import Entry, SafetensorsFile, whole, write_safetensors
-from ..checkpoint.save import dense_blocks, write_companions, write_config, write_weights
-from ..errors import NumericalError, OutputExists
+from ..checkpoint.save import dense_blocks, told, write_companions, write_config, write_weights
+from ..errors import CompressionError, NumericalError, OutputExists, ResumeMismatch, UsageError
 from ..formats import Codes, Dense, Format, Integer, quantization_config
 from ..model import FAMILIES, OWN_PREFIX, tensor_names
 from ..model.decoder import Block, Rotation
 from .calibration import Calibration
-from .journal import Journal, differences
+from .journal import Journal, differences, require_same
 from .method import Needs, Quantizer
-from .plan import ROUND_AT_ONCE, Plan, make_plan
+from .plan import ROUND_AT_ONCE, Plan, check_fit, free_disk, make_plan
 from .quantize.rtn import RTN
 from .recipe import Recipe
 from .walk import advance, walk
@@ -42,6 +43,15 @@ from .walk import advance, walk
 Progress = Callable[[str, int, int], None]
 """(what, done, total)"""
 CALIBRATION_FILE = "calibration.safetensors"
+
+
+@dataclass(frozen=True)
+class Later:
+    """A calibration that is made only if it is needed, after every check that does not need it."""
+
+    make: Callable[[], Calibration]
+    memory: int = 0
+    """Bytes that making it takes."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def compress(
     checkpoint: Checkpoint,
     recipe: Recipe,
     out: Path,
-    calibration: Calibration | None = None,
+    calibration: Calibration | Later | None = None,
     *,
     progress: Progress | None = None,
     overwrite: bool = False,
@@ -71,7 +81,8 @@ def compress(
 ) -> Result:
     """Make `out` from a checkpoint by a recipe; a killed run is resumed by the same call.
 
-    Raises OutputLocked, OutputExists, ResumeMismatch, ShapeMismatch, NumericalError.
+    Raises OutputLocked, OutputExists, DoesNotFit and ResumeMismatch before any work; UsageError if the recipe needs a
+    calibration and none is given; ShapeMismatch, CompressionError, NumericalError.
     """
     return _Run(checkpoint, recipe, Path(out), calibration, progress or (lambda *_: None)).run(overwrite, restart)
 
@@ -80,26 +91,47 @@ class _Run:
     """One run's fixed facts, and the steps that use them."""
 
     def __init__(
-        self, checkpoint: Checkpoint, recipe: Recipe, out: Path, calibration: Calibration | None, progress: Progress
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        out: Path,
+        calibration: Calibration | Later | None,
+        progress: Progress,
     ) -> None:
         self.checkpoint, self.recipe, self.out, self.progress = checkpoint, recipe, out, progress
         self.config = checkpoint.config
         self.family = FAMILIES[self.config.family]
         (self.method,) = recipe.methods()
-        self.calibration = calibration if self.method.needs is not Needs.NOTHING else None
-        assert self.method.needs is Needs.NOTHING or calibration is not None
-        self.plan: Plan = make_plan(self.config, recipe, checkpoint.dtype)
+        if self.method.needs is Needs.NOTHING:
+            calibration = None
+        elif calibration is None:
+            raise UsageError(f"{self.method.name} needs calibration tokens", hint="see compress.calibration.calibrate")
+        self.later = calibration if isinstance(calibration, Later) else None
+        self.calibration = None if isinstance(calibration, Later) else calibration
+        self.plan: Plan = make_plan(
+            self.config, recipe, checkpoint.dtype, sampling_bytes=self.later.memory if self.later else 0
+        )
         self.work = out.parent / f".{out.name}.work"
+        self.replaced = self.work / "replaced"
+        """Where an artifact that is overwritten waits until the new one has its name."""
 
     def run(self, overwrite: bool, restart: bool) -> Result:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         with Lock(self.out):
+            self._bring_back()
             existing = self._existing(overwrite)
             if existing is not None:
-                shutil.rmtree(self.work, ignore_errors=True)  # of a run that was killed right after it had finished
                 return existing
             if restart and self.work.exists():
                 shutil.rmtree(self.work)
+            require_same(self.work, self._header())
+            check_fit(
+                self.plan,
+                available_memory(),
+                free_disk(self.out) + _bytes_below(self.work),
+                self.method.needs is not Needs.NOTHING,
+            )
+            self._calibrate()
             journal = Journal(self.work, self._header())
             resumed = len(journal.done)
             self._compress_ends(journal)
@@ -108,22 +140,46 @@ class _Run:
             else:
                 self._compress_blocks_calibrated(journal, self.calibration.tokens)
             layers = [note for unit in self._units() for note in journal.done[unit]["notes"]["layers"]]
-            self._assemble(layers, overwrite)
+            self._assemble(layers)
             shutil.rmtree(self.work)
         return Result(self.out, layers, self._error_kind(), resumed, existed=False)
 
     def _error_kind(self) -> str:
         return "weight" if self.method.needs is Needs.NOTHING else "output"
 
+    def _calibrate(self) -> None:
+        """Have the tokens, and refuse any that are not this model's. Raises what making them raises."""
+        if self.later is not None and self.calibration is None:
+            self.calibration = self.later.make()
+        if self.calibration is None:
+            return
+        tokens, size = self.calibration.tokens, self.config.vocab_size
+        if not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
+            raise CompressionError(
+                f"calibration tokens from {int(tokens.min())} to {int(tokens.max())} are not of this model, "
+                f"whose vocabulary has {size}",
+                hint="give --calibration self, or a text file",
+            )
+
     def _header(self) -> dict[str, Any]:
-        """All that decides the output's bytes."""
-        return {
+        """All that decides the output's bytes; the calibration comes last, and only when it is known."""
+        header = {
             "model": self.checkpoint.fingerprint(),
             "recipe": self.recipe.canonical(),
-            "calibration": None if self.calibration is None else self.calibration.record["sha256"],
             "gossamer": __version__,
+            "torch": torch.__version__,
             "threads": torch.get_num_threads(),
         }
+        if self.calibration is not None:
+            header["calibration"] = self.calibration.record["sha256"]
+        return header
+
+    def _bring_back(self) -> None:
+        """An artifact whose replacement was killed between the two renames gets its name again; after them it goes."""
+        if self.replaced.exists() and self.out.exists():
+            shutil.rmtree(self.replaced)
+        elif self.replaced.exists():
+            self.replaced.rename(self.out)
 
     def _existing(self, overwrite: bool) -> Result | None:
         """The finished artifact if it is just what was asked for. Raises OutputExists if it is something else."""
@@ -136,15 +192,30 @@ class _Run:
             raise OutputExists(f"{self.out} exists and is not an artifact of ours", hint="choose another --out")
         if overwrite:
             return None
-        calibration = None if manifest.calibration is None else manifest.calibration.sha256
-        was = {"model": manifest.base.fingerprint, "recipe": manifest.recipe, "calibration": calibration}
-        now = {key: self._header()[key] for key in was}
-        for path, old, new in differences(was, now):
+        self._require_made_alike({"model": manifest.base.fingerprint, "recipe": manifest.recipe})
+        if manifest.calibration is not None:
+            if manifest.calibration.kind != "self":  # model and recipe, its seed included, say what a model samples
+                self._calibrate()
+            if self.calibration is not None:
+                self._require_made_alike({"calibration": manifest.calibration.sha256})
+        self._sweep()
+        return Result(self.out, manifest.results["layers"], self._error_kind(), 0, existed=True)
+
+    def _require_made_alike(self, was: dict[str, Any]) -> None:
+        header = self._header()
+        for path, old, new in differences(was, {key: header[key] for key in was}):
             raise OutputExists(
                 f"{self.out} exists, made differently: {path} was {old!r}, is now {new!r}",
                 hint="choose another --out, or give --overwrite",
             )
-        return Result(self.out, manifest.results["layers"], self._error_kind(), 0, existed=True)
+
+    def _sweep(self) -> None:
+        """Remove what a run of this very artifact left when it was killed at its end; other work is not ours to end."""
+        try:
+            require_same(self.work, self._header())
+        except ResumeMismatch:
+            return
+        shutil.rmtree(self.work, ignore_errors=True)
 
     # Units: each is one file of stored tensors, and one line of the journal.
 
@@ -193,7 +264,7 @@ class _Run:
         for start in range(0, rows, step):
             weight = self.checkpoint.tensor(name, rows=slice(start, min(start + step, rows)))
             _check_finite(name, weight)
-            part = method.quantize(weight, form, None)
+            part = _named([name], partial(method.quantize, weight, form, None))
             lost += float((part.dequantize() - weight).square_().sum())
             total += float(weight.square().sum())
             parts.append(part)
@@ -234,12 +305,10 @@ class _Run:
             # Same inputs, same grid: rounded as one.
             weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight
             names = [self.family.module(role, i) for role in roles]
-            _check_finite(f"{names[0]}.weight", weight)
+            for name, linear in zip(names, linears, strict=True):
+                _check_finite(f"{name}.weight", linear.weight)
             form = self._form(names[0])
-            try:
-                codes = self.method.quantize(weight, form, hessian)
-            except NumericalError as e:
-                raise NumericalError(f"{', '.join(names)}: {e.message}", hint=e.hint) from e
+            codes = _named(names, partial(self.method.quantize, weight, form, hessian))
             for role, name, linear, part, w in zip(
                 roles, names, linears, _split(codes, sizes), torch.split(weight, sizes), strict=True
             ):
@@ -269,9 +338,9 @@ class _Run:
             module, linear = self.family.module(role, i), getattr(block, role)
             linear.weight = nn.Parameter(weight(module, role), requires_grad=False)
             if self.config.layers[i].has_bias(role):
-                linear.bias = nn.Parameter(self.checkpoint.tensor(f"{module}.bias"), requires_grad=False)
+                linear.bias = nn.Parameter(self._dense(f"{module}.bias"), requires_grad=False)
         for role in ("attn_norm", "ffn_norm"):
-            norm = self.checkpoint.tensor(f"{self.family.module(role, i)}.weight")
+            norm = self._dense(f"{self.family.module(role, i)}.weight")
             getattr(block, role).weight = nn.Parameter(norm, requires_grad=False)
         return block.eval()
 
@@ -287,7 +356,7 @@ class _Run:
         def rows(part: slice) -> Tensor:
             if isinstance(form, Integer):
                 return form.unpack(packed, part)
-            return self.checkpoint.tensor(f"{module}.weight", rows=part)
+            return self._dense(f"{module}.weight", part)
 
         x = torch.empty(*tokens.shape, self.config.hidden_size)
         step = max(1, ROUND_AT_ONCE // self.config.hidden_size)
@@ -297,6 +366,10 @@ class _Run:
             if here.any():
                 x[here] = rows(slice(start, stop))[tokens[here] - start]
         return x
+
+    def _dense(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor that stays in float, as the output will store it, in float32."""
+        return self.checkpoint.tensor(name, rows, self.checkpoint.dtype).float()
 
     def _form(self, module: str) -> Integer:
         form = self.plan.formats[module]
@@ -309,34 +382,25 @@ class _Run:
 
     # Output: an ordinary model folder, complete or absent.
 
-    def _assemble(self, layers: list[dict[str, Any]], overwrite: bool) -> None:
-        self.progress("writing", 0, 1)
-        old = self.work / "replaced"
-        if overwrite and self.out.exists():
-            self.out.rename(old)
-        try:
-            with atomic_folder(self.out) as folder:
-                write_config(folder, self._hf_config())
-                write_companions(folder, self.checkpoint)
-                write_weights(folder, list(self._entries()))
-                if self.calibration is not None:
-                    tokens = self.calibration.tokens.to(torch.int32).contiguous()
-                    write_safetensors(folder / CALIBRATION_FILE, [whole("tokens", tokens)])
-                write_manifest(folder, self._manifest(folder, layers))
-        except BaseException:
-            if old.exists():
-                old.rename(self.out)
-            raise
-        self.progress("writing", 1, 1)
+    def _assemble(self, layers: list[dict[str, Any]]) -> None:
+        """Write the output beside its place; one that is overwritten keeps its name until the new one is whole."""
+        with atomic_folder(self.out, replaced=self.replaced) as folder:
+            write_config(folder, self._hf_config())
+            write_companions(folder, self.checkpoint)
+            write_weights(folder, told(list(self._entries()), self.progress))
+            if self.calibration is not None:
+                tokens = self.calibration.tokens.to(torch.int32).contiguous()
+                write_safetensors(folder / CALIBRATION_FILE, [whole("tokens", tokens)])
+            write_manifest(folder, self._manifest(folder, layers))
 
     def _manifest(self, folder: Path, layers: list[dict[str, Any]]) -> Manifest:
         base = self.checkpoint
         return Manifest(
-            base=Base(name=base.name, fingerprint=base.fingerprint(), note=base.source_note),
+            base=base_of(base.name, base.fingerprint(), base.source_note, base.manifest),
             recipe=self.recipe.canonical(),
             seed=self.recipe.calibration.seed if self.calibration else None,
             calibration=None if self.calibration is None else CalibrationRecord(**self.calibration.record),
-            versions=_versions(),
+            versions=versions(),
             files=hash_files(folder),
             results={"layers": layers, "error_kind": self._error_kind()},
         )
@@ -348,6 +412,8 @@ class _Run:
             # transformers and vLLM have no packed embedding and would read noise: a name they refuse is safer.
             config["model_type"] = OWN_PREFIX + self.config.family
             config["architectures"] = [f"Gossamer{self.family.architecture}"]
+        else:  # the base may have been such a folder
+            config["model_type"], config["architectures"] = self.config.family, [self.family.architecture]
         return config
 
     def _entries(self) -> Iterator[Entry]:
@@ -367,6 +433,14 @@ class _Run:
 
 def _file_chunks(file: SafetensorsFile, name: str) -> Callable[[], Iterator[Tensor]]:
     return lambda: iter((file.read(name),))
+
+
+def _named(names: list[str], quantize: Callable[[], Codes]) -> Codes:
+    """The codes of weights with these names, which an error of theirs then carries."""
+    try:
+        return quantize()
+    except NumericalError as e:
+        raise NumericalError(f"{', '.join(names)}: {e.message}", hint=e.hint) from e
 
 
 def _split(codes: Codes, sizes: list[int]) -> Iterator[Codes]:
@@ -389,6 +463,12 @@ def _check_finite(name: str, weight: Tensor) -> None:
         raise NumericalError(f"{name} has {bad} weights that are NaN or infinite", hint="the checkpoint is damaged")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What the bytes of an artifact depend on besides model, recipe and tokens."""
     packages = {name: version(name) for name in ("torch", "compressed-tensors", "safetensors", "tokenizers")}
-    return {"gossamer": __version__, "python": platform.python_version(), **packages}
+    threads = str(torch.get_num_threads())
+    return {"gossamer": __version__, "python": platform.python_version(), "threads": threads, **packages}
+
+
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -5,7 +5,9 @@ Works on a `ModelConfig` alone, so it costs nothing and is right for models that
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -35,7 +37,9 @@ class Plan:
     """All weights in the model's own float dtype."""
     output_bytes: int
     peak_bytes: int
-    """Expected peak memory of the process."""
+    """Expected peak memory of the process, calibration by the model's own samples included."""
+    sampling_bytes: int
+    """What the model's own samples add to the bare process; 0 if they are not to be made."""
 
     @property
     def bits_per_weight(self) -> float:
@@ -47,8 +51,11 @@ class Plan:
         return 2 * self.output_bytes
 
 
-def make_plan(config: ModelConfig, recipe: Recipe, dense: torch.dtype) -> Plan:
-    """The plan of a one-stage quantization recipe. Raises ShapeMismatch or RecipeError, naming layer and way out."""
+def make_plan(config: ModelConfig, recipe: Recipe, dense: torch.dtype, sampling_bytes: int = 0) -> Plan:
+    """The plan of a one-stage quantization recipe. Raises ShapeMismatch or RecipeError, naming layer and way out.
+
+    `sampling_bytes`: memory that the engine takes to sample the calibration text, which this folder cannot know.
+    """
     (method,) = recipe.methods()
     options = method.options
     family = FAMILIES[config.family]
@@ -72,22 +79,39 @@ def make_plan(config: ModelConfig, recipe: Recipe, dense: torch.dtype) -> Plan:
         parameters=sum(_count(s) for s in tensor_names(config).values()),
         input_bytes=sum(_count(s) for s in tensor_names(config).values()) * dense.itemsize,
         output_bytes=sizes,
-        peak_bytes=_peak(config, recipe, method.needs),
+        peak_bytes=max(_peak(config, recipe, method.needs), BASE_BYTES + sampling_bytes),
+        sampling_bytes=sampling_bytes,
     )
 
 
 def check_fit(plan: Plan, memory: int, disk: int, needs_statistics: bool) -> None:
     """Raises DoesNotFit with both numbers and the option that helps, before any work."""
     if plan.peak_bytes > memory:
-        way = (
-            "fewer --calibration-sequences, or a recipe with method rtn" if needs_statistics else "close other programs"
+        raise DoesNotFit(
+            f"compressing needs about {_gb(plan.peak_bytes)} of memory, {_gb(memory)} are free",
+            hint=_way_out(plan, needs_statistics),
         )
-        raise DoesNotFit(f"compressing needs about {_gb(plan.peak_bytes)} of memory, {_gb(memory)} are free", hint=way)
     if plan.disk_bytes > disk:
         raise DoesNotFit(
             f"the output needs about {_gb(plan.disk_bytes)} of disk while it is made, {_gb(disk)} are free",
             hint="choose --out on another disk, or a recipe with fewer bits",
         )
+
+
+def free_disk(out: Path) -> int:
+    """Bytes free where `out` will be."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _way_out(plan: Plan, needs_statistics: bool) -> str:
+    if not needs_statistics:
+        return "close other programs"
+    if plan.peak_bytes == BASE_BYTES + plan.sampling_bytes:
+        return "--calibration FILE takes a text, so that the model need not be loaded to write one"
+    return "fewer --calibration-sequences, or a recipe with method rtn"
 
 
 def _ends(
@@ -114,20 +138,20 @@ def _stored_bytes(config: ModelConfig, formats: dict[str, Format], dense: torch.
 
 def _peak(config: ModelConfig, recipe: Recipe, needs: Needs) -> int:
     """Bytes; the same sum that a reader can do by hand, with the largest layer standing for all."""
+    embedding = 3 * config.vocab_size * config.hidden_size if _packs_ends(recipe) else 0
     rounding = 10 * 4 * ROUND_AT_ONCE
-    embedding = config.vocab_size * config.hidden_size
     if needs is Needs.NOTHING:
         block = max(_block_parameters(config, i) for i in range(config.num_layers))
-        return BASE_BYTES + rounding + max(2 * block, 3 * embedding if _packs_ends(recipe) else 0)
-    tokens = recipe.calibration.sequences * recipe.calibration.length
-    peak = 0
+        return BASE_BYTES + rounding + max(2 * block, embedding)
+    tokens, length = recipe.calibration.sequences * recipe.calibration.length, recipe.calibration.length
+    peak = rounding + embedding if embedding else 0
     for i, layer in enumerate(config.layers):
         stream = 4 * tokens * config.hidden_size
         block = 4 * _block_parameters(config, i)
         wide = 4 * tokens * max(layer.ffn_width, layer.q_size)
-        square = 3 * 4 * max(layer.ffn_width, layer.q_size, config.hidden_size) ** 2
+        square = 2 * 4 * max(layer.ffn_width, layer.q_size, config.hidden_size) ** 2  # Hessian and its factor
         work = 4 * 4 * max(2 * layer.ffn_width * config.hidden_size, layer.q_size * config.hidden_size)
-        scratch = 4 * TOKENS_AT_ONCE * 4 * max(layer.ffn_width, config.hidden_size)
+        scratch = 4 * max(TOKENS_AT_ONCE, length) * 4 * max(layer.ffn_width, config.hidden_size)  # none is split
         peak = max(peak, stream + block + max(wide + square + work // 2, work + square // 2) + scratch)
     return BASE_BYTES + peak
 

@@ -12,6 +12,8 @@ stages:
 
 from __future__ import annotations
 
+import os
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +25,12 @@ from ..errors import RecipeError, UnknownName, did_you_mean
 from .method import Needs, QuantizeOptions, Quantizer
 from .registry import METHODS, method_class
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1 << 16
+MAX_DIGITS = 100
+"""Of a number: Python takes quadratic time for long ones, and no bound of a recipe needs more."""
+
+_shortened = reprlib.Repr()
+_shortened.maxlevel, _shortened.maxstring = 2, 60
 
 
 class CalibrationSpec(BaseModel):
@@ -33,7 +40,15 @@ class CalibrationSpec(BaseModel):
     source: str = Field("self", description="self: sampled from the model; a text file; hub:ORG/DATASET/FILE")
     sequences: int = Field(32, ge=1, le=100_000)
     length: int = Field(512, ge=8, le=131_072, description="tokens of each sequence")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+
+    @property
+    def public_source(self) -> str:
+        """The source without the folders of this machine: `self`, `hub:...` or a file's base name."""
+        if self.source == "self" or self.source.startswith("hub:"):
+            return self.source
+        name = Path(self.source).name
+        return f"./{name}" if name == "self" or name.startswith("hub:") else name
 
 
 class Recipe(BaseModel):
@@ -54,46 +69,99 @@ class Recipe(BaseModel):
         return any(m.needs is not Needs.NOTHING for m in self.methods())
 
     def canonical(self) -> dict[str, Any]:
-        """The recipe with every default written out: equal dictionaries make equal artifacts."""
+        """The recipe with every default written out: equal dictionaries make equal artifacts from equal tokens.
+
+        A calibration file appears by its base name: the hash of its tokens tells which text it was, and an artifact
+        names no folder of the machine that made it.
+        """
         stages = [{"method": m.name, **m.options.model_dump(mode="json")} for m in self.methods()]
-        plain = self.model_dump(mode="json")
+        plain = self.model_dump(mode="json", exclude={"stages"})
+        plain["calibration"]["source"] = self.calibration.public_source
         return {**plain, "stages": stages}
 
 
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: no aliases, since a few lines of them can stand for gigabytes, and every bad value a YAMLError."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "a recipe has no aliases: write the value out", mark)
+        return super().compose_node(parent, index)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind in ("int", "float") and len(node.value) > MAX_DIGITS:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"a number of {len(node.value)} digits", node.start_mark
+            )
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:  # what PyYAML lets through
+            message = f"{_short(node.value)} is not of type {_short(kind)}"
+            raise yaml.constructor.ConstructorError(None, None, message, node.start_mark) from e
+
+
 def load_recipe(name: str | Path, shipped: Path) -> Recipe:
-    """A recipe by file, by shipped name, or from an artifact's folder. Raises RecipeError or UnknownName."""
-    path = Path(name)
-    if path.is_dir():
+    """A recipe by shipped name, by YAML file, or from an artifact's folder. Raises RecipeError or UnknownName.
+
+    A shipped name means the shipped recipe, whatever lies in the working directory under that name; a folder or file of
+    the same name is meant by a path: `./int4-gptq` or `int4-gptq/`.
+    """
+    folder = artifact_folder(name, shipped)
+    if folder is not None:
         from ..checkpoint.manifest import read_manifest
 
-        manifest = read_manifest(path)
+        manifest = read_manifest(folder)
         if manifest is None:
-            raise RecipeError(f"{path} is a folder without gossamer.json: it records no recipe")
-        return parse_recipe(manifest.recipe, str(path / "gossamer.json"))
-    if not path.suffix and not path.exists():
-        known = [p.stem for p in sorted(shipped.glob("*.yaml"))]
-        if str(name) not in known:
-            raise UnknownName("recipe", str(name), known)
+            raise RecipeError(f"{folder} is a folder without gossamer.json: it records no recipe")
+        return parse_recipe(manifest.recipe, str(folder / "gossamer.json"))
+    path, known = Path(name), _shipped_names(shipped)
+    if str(name) in known:
         path = shipped / f"{name}.yaml"
+    elif not path.suffix and not os.path.exists(path):
+        raise UnknownName("recipe", str(name), known)
+    return parse_recipe(_read_yaml(path), str(path))
+
+
+def artifact_folder(name: str | Path, shipped: Path) -> Path | None:
+    """The folder that `load_recipe` replays for this name, or None if the name means a file or a shipped recipe."""
+    return Path(name) if str(name) not in _shipped_names(shipped) and os.path.isdir(name) else None
+
+
+def _shipped_names(shipped: Path) -> list[str]:
+    return [p.stem for p in sorted(shipped.glob("*.yaml"))]
+
+
+def _read_yaml(path: Path) -> Any:
     try:
-        if path.stat().st_size > MAX_BYTES:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
             raise RecipeError(f"{path} has over {MAX_BYTES} bytes: not a recipe")
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(raw.decode("utf-8"), _Loader)  # noqa: S506 (a SafeLoader, only stricter)
     except OSError as e:
         raise RecipeError(f"cannot read recipe {path}: {e.strerror}") from e
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e:
-        raise RecipeError(f"{path} is not YAML: {e}") from e
-    return parse_recipe(data, str(path))
+        raise RecipeError(f"{path} is not YAML that a recipe may use: {e!s:.400}") from e
 
 
 def parse_recipe(data: Any, where: str) -> Recipe:
-    """Check a parsed recipe: keys, types, bounds, methods and their order."""
+    """Check a parsed recipe: keys, types, bounds, methods and their order. Raises RecipeError saying where."""
     if not isinstance(data, Mapping):
         raise RecipeError(f"{where}: a recipe is a mapping, not {type(data).__name__}")
     if data.get("version") != 1:
-        raise RecipeError(f"{where}: version is {data.get('version')!r}, this Gossamer reads version 1")
+        raise RecipeError(
+            f"{where}: version is {_short(data.get('version'))}, this Gossamer reads version 1",
+            hint="the first line of a recipe is `version: 1`",
+        )
+    stages = data.get("stages")
+    if not isinstance(stages, list | tuple):
+        raise RecipeError(
+            f"{where}: stages is a list of methods, not {_short(stages)}", hint="`stages: [{method: gptq}]`"
+        )
     try:
-        recipe = Recipe.model_validate({**data, "stages": tuple(data.get("stages") or ())})
+        recipe = Recipe.model_validate({**data, "stages": tuple(stages)})
     except ValidationError as e:
         raise _readable(e, where, Recipe) from e
     try:
@@ -144,9 +212,9 @@ def _readable(error: ValidationError, where: str, model: type[BaseModel]) -> Rec
         for part in first["loc"][:-1]:
             parent = _field_model(parent, str(part)) or parent
         return RecipeError(
-            f"{where}: unknown key {key!r}", hint=did_you_mean(str(first["loc"][-1]), parent.model_fields)
+            f"{where}: unknown key {_short(key)}", hint=did_you_mean(str(first["loc"][-1]), parent.model_fields)
         )
-    return RecipeError(f"{where}: {key}: {first['msg'].lower()} (got {first['input']!r:.80})")
+    return RecipeError(f"{where}: {key}: {first['msg'].lower()} (got {_short(first['input'])})")
 
 
 def _field_model(model: type[BaseModel], name: str) -> type[BaseModel] | None:
@@ -155,3 +223,8 @@ def _field_model(model: type[BaseModel], name: str) -> type[BaseModel] | None:
         return None
     kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
     return next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), None)
+
+
+def _short(value: object) -> str:
+    """A value in at most 80 characters, and at little cost however large or nested it is."""
+    return f"{_shortened.repr(value):.80}"

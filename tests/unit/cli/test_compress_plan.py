@@ -72,7 +72,68 @@ def test_calibration_text_is_recorded_by_its_lines(model: Path, tmp_path: Path) 
     manifest = json.loads((tmp_path / "out" / "gossamer.json").read_text())
     assert manifest["calibration"]["kind"] == "text"
     assert len(manifest["calibration"]["line_hashes"]) == 60
-    assert str(tmp_path) not in json.dumps(manifest["calibration"])
+    assert str(tmp_path) not in json.dumps(manifest)  # no folder of the machine that it was made on
+    moved = tmp_path / "elsewhere" / "text.txt"
+    moved.parent.mkdir()
+    text.rename(moved)
+    assert main(gptq(model, tmp_path / "out", "--calibration", str(moved), "-q")) == 0  # the same text: there already
+
+
+def test_a_replay_on_another_model_never_takes_the_first_ones_tokens(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_folder(tmp_path / "other", seed=1, hidden_size=64, intermediate_size=128)
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"line {i} of a text that is long enough to be told from others" for i in range(60)))
+    assert main(gptq(model, tmp_path / "a", "-q")) == 0
+    assert main(gptq(model, tmp_path / "t", "--calibration", str(text), "-q")) == 0
+    for recipe, code in (("a", 0), ("t", 1 + 1)):
+        command = ["compress", str(other), "--recipe", str(tmp_path / recipe), "--out", str(tmp_path / "b" / recipe)]
+        assert main([*command, "-q"]) == code
+    assert "for another model" in capsys.readouterr().err
+    hashes = [
+        json.loads((p / "gossamer.json").read_text())["calibration"]["sha256"]
+        for p in (tmp_path / "a", tmp_path / "b" / "a")
+    ]
+    assert hashes[0] != hashes[1]
+
+
+def test_calibration_options_are_refused_by_a_recipe_that_uses_none(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "rtn.yaml"
+    recipe.write_text("version: 1\nname: mine\nstages: [{method: rtn, group_size: 32}]\n")
+    command = ["compress", str(model), "--recipe", str(recipe), "--out", str(tmp_path / "out"), "-q"]
+    for words in (["--calibration", "/no/such/file"], ["--seed", "1"], ["--calibration-length", "16"]):
+        assert main([*command, *words]) == 2
+        assert words[0] in capsys.readouterr().err
+
+
+def test_a_failed_compression_leaves_a_failed_record_and_a_found_one_its_layers(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = make_folder(tmp_path / "broken", hidden_size=64, intermediate_size=128)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    record, recipe = tmp_path / "r.jsonl", tmp_path / "rtn.yaml"
+    recipe.write_text("version: 1\nname: mine\nstages: [{method: rtn, group_size: 32}]\n")
+    more = ["--recipe", str(recipe), "--record", str(record), "-q"]
+    assert main(["compress", str(broken), "--out", str(tmp_path / "bad"), *more]) == 1
+    (row,) = map(json.loads, record.read_text().splitlines())
+    assert row["status"] == "failed"
+    assert row["model"]["recipe"] == "mine"
+    assert "up_proj" in row["error"]
+    record.unlink()
+    for expected in (1, 1, 1):  # made, then there already: recorded once; then the record is lost
+        assert main(["compress", str(model), "--out", str(tmp_path / "out"), *more]) == 0
+        rows = [json.loads(line) for line in record.read_text().splitlines()]
+        assert len(rows) == expected
+    record.unlink()
+    assert main(["compress", str(model), "--out", str(tmp_path / "out"), *more]) == 0
+    (row,) = map(json.loads, record.read_text().splitlines())
+    assert len(row["results"]["layers"]) == 2 * 7
+    assert row["results"]["seconds"] is None
 
 
 def test_text_too_short_to_calibrate_says_how_many_sequences_it_has(
@@ -107,7 +168,9 @@ def test_plan_gives_numbers_and_refuses_what_does_not_fit(
     row = json.loads(capsys.readouterr().out)
     assert row["output_bytes"] < row["input_bytes"]
     assert "int4-g32" in row["formats"]
-    monkeypatch.setattr("gossamer.cli.plan.available_memory", lambda: 1000)
+    assert row["sampling_bytes"] > 0  # the model itself, to write its calibration text
+    assert row["compress_peak_bytes"] > row["sampling_bytes"]
+    monkeypatch.setattr("gossamer.checkpoint.memory.available_memory", lambda: 1000)
     assert main(["plan", str(model), "--recipe", recipe, "--quiet"]) == 1
     assert "memory" in capsys.readouterr().err
 
@@ -115,9 +178,9 @@ def test_plan_gives_numbers_and_refuses_what_does_not_fit(
 def test_compress_checks_the_fit_before_any_work(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gossamer.cli.compress.available_memory", lambda: 1000)
+    monkeypatch.setattr("gossamer.compress.pipeline.available_memory", lambda: 1000)
     assert main(gptq(model, tmp_path / "out", "-q")) == 1
-    assert "--calibration-sequences" in capsys.readouterr().err
+    assert "--calibration" in capsys.readouterr().err
     assert not (tmp_path / "home" / "calibration").exists()
     assert not list(tmp_path.glob(".out*"))
 

@@ -15,6 +15,11 @@ NAMES = ["python", "torch", "kernels", "cores", "memory", "disk", "cache", "smol
 
 
 @pytest.fixture(autouse=True)
+def no_debugging(monkeypatch):
+    monkeypatch.setenv("GOSSAMER_DEBUG", "0")  # so that what --debug sets is taken back
+
+
+@pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     def refuse(*arguments, **options):
         raise OSError("no network in tests")
@@ -38,11 +43,12 @@ def test_everything_is_checked(capsys, tmp_path, monkeypatch):
     assert found["hub"]["found"].startswith("not ")
 
 
-def test_a_healthy_machine_exits_with_0_and_a_table_on_stderr(capsys):
-    assert main(["doctor"]) == 0
+@pytest.mark.parametrize("options", [[], ["--quiet"]])
+def test_a_healthy_machine_exits_with_0_and_its_findings_on_stdout(capsys, options):
+    assert main(["doctor", *options]) == 0
     out, err = capsys.readouterr()
-    assert out == ""
-    assert [name for name in NAMES if name not in err] == []
+    assert err == ""
+    assert [name for name in NAMES if name not in out] == []
 
 
 def test_a_cache_that_cannot_be_written_is_essential(capsys, monkeypatch, tmp_path):
@@ -62,9 +68,9 @@ def test_missing_kernels_are_essential_and_come_with_the_fix(capsys, monkeypatch
 
     monkeypatch.setattr(dispatch, "isa", missing)
     assert main(["doctor"]) == 1
-    err = capsys.readouterr().err
-    assert "broken" in err
-    assert "make build" in err
+    out = capsys.readouterr().out
+    assert "broken" in out
+    assert "make build" in out
 
 
 def test_slow_kernels_are_a_warning(capsys, monkeypatch):
@@ -101,3 +107,19 @@ def test_a_check_that_fails_in_its_own_way_is_a_finding(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "CHECKS", (memory,))
     assert main(["doctor", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["checks"][0]["found"] == "RuntimeError: no /proc"
+
+
+def test_debug_shows_where_a_failing_check_failed(monkeypatch):
+    def memory():
+        raise RuntimeError("no /proc")
+
+    monkeypatch.setattr(doctor, "CHECKS", (memory,))
+    with pytest.raises(RuntimeError, match="no /proc"):
+        main(["--debug", "doctor"])
+
+
+def test_findings_are_shown_as_they_are_and_not_wrapped_in_a_file(capsys, monkeypatch):
+    found = "[red]1.0[/b] " + "x" * 200
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: doctor.Check("torch", "ok", found),))
+    assert main(["doctor"]) == 0
+    assert found in capsys.readouterr().out

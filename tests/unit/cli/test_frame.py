@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -14,6 +15,12 @@ import typer
 from gossamer import __version__
 from gossamer.cli import _app, _console, main
 from gossamer.errors import DoesNotFit, UsageError
+
+
+@pytest.fixture(autouse=True)
+def no_debugging(monkeypatch):
+    monkeypatch.setenv("GOSSAMER_DEBUG", "0")  # so that what --debug sets is taken back
+
 
 COMMANDS = ["run", "chat", "compress", "eval", "bench", "report", "plan", "doctor"]
 
@@ -63,6 +70,69 @@ def test_unknown_option_suggests_the_nearest(capsys):
     assert err.startswith("error: unknown option '--temprature'\n  did you mean '--temperature'")
 
 
+@pytest.mark.parametrize("prompt", ["-hello", "-1 plus 1", "- item", "--hello"])
+def test_a_prompt_that_looks_like_an_option_is_told_of_the_dashes_before_it(prompt, capsys):
+    assert main(["run", "smollm2", prompt]) == 2
+    assert "-- goes before a PROMPT that begins with -" in capsys.readouterr().err
+
+
+def test_an_option_of_a_command_without_a_prompt_is_an_option(capsys):
+    assert main(["doctor", "--jsn"]) == 2
+    assert capsys.readouterr().err == "error: unknown option '--jsn'\n  did you mean '--json'?\n"
+
+
+@pytest.mark.parametrize("words", ["gossamer rnu sm", "gossamer ru"])
+def test_completion_says_nothing_of_its_own(words, monkeypatch, capsys):
+    monkeypatch.setenv("_GOSSAMER_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", words)
+    monkeypatch.setenv("COMP_CWORD", str(words.count(" ")))
+    with contextlib.suppress(SystemExit):
+        main(["x"])
+    out, err = capsys.readouterr()
+    assert (out.split(), err) == (["run"] if words.endswith("ru") else [], "")
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """runs/small and runs/tiny.gguf, beside things that are no models."""
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "config.json").write_text("{}")
+    (tmp_path / "runs" / "tiny.gguf").write_bytes(b"GGUF")
+    (tmp_path / "runs" / "smalls").mkdir()
+    (tmp_path / "runs" / "small.txt").write_text("")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize(("name", "near"), [("runs/smal", "runs/small"), ("runs/tiny.guf", "runs/tiny.gguf")])
+def test_a_model_on_disk_is_suggested_by_its_path(models, capsys, name, near):
+    assert main(["run", name, "hi"]) == 2
+    err = capsys.readouterr().err
+    assert f"did you mean {near!r}?" in err
+    assert "smalls" not in err
+    assert ".txt" not in err
+
+
+def test_a_model_beside_is_suggested_before_an_alias(models, capsys, monkeypatch):
+    monkeypatch.chdir(models)
+    assert main(["run", "smal", "hi"]) == 2
+    err = capsys.readouterr().err
+    assert "did you mean 'small'?" in err
+    assert "smollm2" not in err
+    assert main(["run", "tin.gguf", "hi"]) == 2
+    assert capsys.readouterr().err.endswith("  did you mean 'tiny.gguf'?\n")
+    assert main(["run", str(models / "smal"), "hi"]) == 2
+    assert f"did you mean {str(models / 'small')!r}?" in capsys.readouterr().err
+
+
+def test_nothing_on_disk_is_suggested_where_nothing_is_near(models, capsys):
+    assert main(["run", "runs/other", "hi"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+    assert main(["run", "nowhere/small", "hi"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+
+
 def test_missing_argument_is_a_usage_error(capsys):
     assert main(["run"]) == 2
     err = capsys.readouterr().err
@@ -107,6 +177,25 @@ def test_debug_by_environment(monkeypatch):
     monkeypatch.setenv("GOSSAMER_DEBUG", "1")
     with pytest.raises(DoesNotFit):
         main(["fail"])
+
+
+def test_debug_reaches_worker_processes(monkeypatch):
+    _raising(monkeypatch, DoesNotFit("x"))
+    with pytest.raises(DoesNotFit):
+        main(["fail", "--debug"])
+    assert os.environ["GOSSAMER_DEBUG"] == "1"
+
+
+@pytest.mark.parametrize("options", [["-q"], []])
+def test_quiet_silences_the_hub_library_too(options, tmp_path):
+    code = (
+        "import sys; from gossamer.cli import main; main(sys.argv[1:]); "
+        "from huggingface_hub.constants import HF_HUB_DISABLE_PROGRESS_BARS as off; print(off)"
+    )
+    clean = {k: v for k, v in os.environ.items() if k != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    command = [sys.executable, "-c", code, "run", str(tmp_path / "none"), "hi", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=clean)
+    assert done.stdout == ("True\n" if options else "None\n")
 
 
 def test_interrupt_exits_with_130(monkeypatch, capsys):
@@ -177,7 +266,28 @@ def test_progress_off_a_terminal_is_sparse_lines_of_what_takes_long(capsys, monk
             step("reading", done, 4)
         for done in range(2):
             step("writing", done, 1)
-    assert capsys.readouterr() == ("", "reading: 2/4\nreading: 4/4\n")
+    assert capsys.readouterr() == ("", "reading: 2/4, about 11 s left\nreading: 4/4\n")
+
+
+def test_the_time_left_counts_from_where_the_work_began(capsys, monkeypatch):
+    clock = iter([0, 20, 40, 100, 130])
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    with _console.progress() as step:
+        step("judging", 6, 10)  # six were done in an earlier run
+        step("judging", 6, 10)
+        step("judging", 7, 10)
+        step("judging", 0, 10)  # the next model
+        step("judging", 1, 10)
+    assert capsys.readouterr().err == (
+        "judging: 6/10\njudging: 7/10, about 2 min left\njudging: 1/10, about 4 min left\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "1 s"), (40.4, "40 s"), (130, "2 min"), (5990, "1 h 40 min"), (7500, "2 h 5 min")]
+)
+def test_durations_are_coarse(seconds, text):
+    assert _console.duration(seconds) == text
 
 
 def test_quiet_progress_says_nothing(capsys):
@@ -196,3 +306,27 @@ def test_progress_on_a_terminal_draws_one_bar_at_a_time(monkeypatch):
         step("reading", 1, 2)
         step("writing", 1, 4)
     assert "writing" in drawn.export_text()
+
+
+def test_a_terminal_shows_the_time_left_even_of_slow_steps_and_labels_as_they_are(monkeypatch):
+    from rich.console import Console
+    from rich.progress import Progress
+
+    drawn = Console(force_terminal=True, file=io.StringIO(), record=True, width=100)
+    now = [0.0]
+    monkeypatch.setattr(_console, "console", lambda: drawn)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(Progress, "get_time", lambda self: now[0], raising=False)
+    monkeypatch.setattr(drawn, "get_time", lambda: now[0])
+    with _console.progress() as step:
+        for done in range(4):
+            now[0] = 300.0 * done  # five minutes each
+            step("model[/b] [x]", done, 10)
+    text = drawn.export_text()
+    assert "model[/b] [x]" in text
+    assert "0:35:00" in text
+
+
+def test_the_console_shows_brackets_and_colons_as_they_are(capsys):
+    _console.console().print("c[/b] [bold]x :smile:")
+    assert capsys.readouterr().err == "c[/b] [bold]x :smile:\n"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 
 import pytest
+import torch
 
 from gossamer.checkpoint import open_checkpoint
+from gossamer.checkpoint.load import resident_bytes
 from gossamer.cli import chat, main
-from gossamer.engine import LLM, SamplingParams
+from gossamer.engine import LLM, SamplingParams, Token
+from gossamer.errors import ChatTemplateError, DoesNotFit, EngineError
 
 SHORT = ["--max-tokens", "8"]
 
@@ -66,22 +70,54 @@ def test_run_passes_every_sampling_option_on(tiny_model, capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "code", "message"),
+    ("options", "message"),
     [
-        (["--temperature", "-1"], 1, "temperature is -1.0"),
-        (["--max-tokens", "0"], 1, "max_tokens is 0"),
-        (["--weights", "half"], 2, "--weights"),
-        (["--stop", ""], 1, "stop contains ''"),
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--max-tokens", "0"], "max_tokens is 0"),
+        (["--weights", "half"], "--weights"),
+        (["--stop", ""], "stop contains ''"),
+        (["--stop", os.fsdecode(b"\xff")], "a stop text is not UTF-8"),
     ],
 )
-def test_run_refuses_bad_options_before_it_loads_anything(options, code, message, capsys):
-    assert main(["run", "no-such-model", "hello", *options]) == code
+@pytest.mark.parametrize("command", [["run", "no-such-model", "hello"], ["chat", "no-such-model"]])
+def test_bad_options_are_refused_as_wrong_requests_before_anything_is_loaded(command, options, message, capsys):
+    assert main([*command, *options]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_run_refuses_an_empty_prompt(tiny_model, capsys):
     assert main(["run", str(tiny_model), ""]) == 2
     assert "the prompt is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_run_says_that_a_prompt_is_not_utf_8(tiny_model, capsys, monkeypatch, errors):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), "utf-8", errors))
+    assert main(["run", str(tiny_model), "-", *SHORT]) == 2
+    assert "the prompt is not UTF-8 at character 4" in capsys.readouterr().err
+    assert main(["run", str(tiny_model), os.fsdecode(b"caf\xe9"), *SHORT]) == 2
+    assert "the prompt is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_prompt_that_begins_with_a_dash_goes_after_two(tiny_model, capsys):
+    completion = LLM(tiny_model).generate(["-hello"], SamplingParams(max_tokens=8))[0]
+    assert main(["run", str(tiny_model), "--raw", "-q", *SHORT, "--", "-hello"]) == 0
+    assert capsys.readouterr().out == completion.text + "\n"
+
+
+@pytest.mark.parametrize(("command", "tokens"), [("run", "32"), ("chat", "8")])
+def test_what_does_not_fit_beside_the_weights_is_refused_before_they_are_loaded(
+    tiny_model, capsys, monkeypatch, command, tokens
+):
+    enough = resident_bytes(open_checkpoint(tiny_model), torch.float32, packed=True)
+    monkeypatch.setattr("gossamer.checkpoint.memory.available_memory", lambda: enough + 100)
+    monkeypatch.setattr("gossamer.engine.llm.available_memory", lambda: enough + 100)
+    monkeypatch.setattr("gossamer.engine.llm.load_decoder", None)
+    prompt = ["hello"] if command == "run" else []
+    assert main([command, str(tiny_model), *prompt, *SHORT]) == 1
+    err = capsys.readouterr().err
+    assert f"the KV cache for {tokens} tokens" in err
+    assert "--max-tokens" in err
 
 
 def test_run_names_a_model_that_is_not_there(capsys):
@@ -126,6 +162,63 @@ def test_chat_says_that_a_question_is_too_long_and_goes_on(tiny_model, expected,
     out, err = capsys.readouterr()
     assert out == expected.text + "\n"
     assert "context of the model 96" in err
+
+
+def test_a_question_that_is_too_long_leaves_the_conversation_as_it_was(tiny_model):
+    conversation = chat.Conversation(LLM(tiny_model), SamplingParams(max_tokens=8))
+    conversation.prompt("hello")
+    conversation.answered("yes")
+    before = list(conversation.messages)
+    with pytest.raises(EngineError, match="the question has"):
+        conversation.prompt("x" * 200)
+    assert conversation.messages == before
+
+
+@pytest.mark.parametrize("error", [ChatTemplateError("no such role"), DoesNotFit("no room")])
+@pytest.mark.parametrize("where", ["chat_tokens", "stream"])
+def test_a_question_that_fails_is_dropped_and_the_chat_goes_on(tiny_model, expected, capsys, monkeypatch, error, where):
+    real, calls = getattr(LLM, where), []
+
+    def failing_once(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise error
+        return real(self, *arguments)
+
+    monkeypatch.setattr(LLM, where, failing_once)
+    type_lines(monkeypatch, "a question that fails", "hello")
+    assert main(["chat", str(tiny_model), *SHORT, "--temperature", "0", "-q"]) == 0
+    assert capsys.readouterr() == (expected.text + "\n", f"error: {error.message}\n")
+
+
+def test_an_answer_that_breaks_off_ends_its_line_and_is_forgotten(tiny_model, capsys, monkeypatch):
+    def broken(self, prompt, params):
+        yield Token("half", 5)
+        raise EngineError("the model's logits are not finite")
+
+    monkeypatch.setattr(LLM, "stream", broken)
+    conversation = chat.Conversation(LLM(tiny_model), SamplingParams())
+    chat._answer(conversation, "hello", quiet=True)
+    assert capsys.readouterr() == ("half\n", "error: the model's logits are not finite\n")
+    assert conversation.messages == []
+
+
+def test_chat_says_which_question_is_not_utf_8_and_goes_on(tiny_model, expected, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhello\n"), "utf-8"))
+    assert main(["chat", str(tiny_model), *SHORT, "--temperature", "0", "-q"]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected.text + "\n"
+    assert "the question is not UTF-8" in err
+
+
+@pytest.mark.parametrize("quiet", [[], ["-q"]])
+def test_the_prompt_is_no_part_of_what_goes_to_a_file(tiny_model, expected, capsys, monkeypatch, quiet):
+    type_lines(monkeypatch, "hello")
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    assert main(["chat", str(tiny_model), *SHORT, "--temperature", "0", *quiet]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected.text + "\n"
+    assert ("> " in err) is (quiet == [])
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_model, expected, capsys, monkeypatch):

@@ -53,6 +53,23 @@ def test_a_damaged_line_stops_and_is_named(tmp_path: Path) -> None:
         Journal(tmp_path, HEADER)
 
 
+@pytest.mark.parametrize(("old", "new"), [(b'"layers": [1]', b'"layers": [2]'), (b'"notes"', b'"nodes"')])
+def test_a_note_that_changed_stops_and_is_named(tmp_path: Path, old: bytes, new: bytes) -> None:
+    finished(tmp_path, 2)
+    path = tmp_path / NAME
+    assert path.read_bytes().count(old) >= 1
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], lines[2].replace(old, new)]))
+    with pytest.raises(ResumeMismatch, match="line 3 is damaged"):
+        Journal(tmp_path, HEADER)
+
+
+def test_the_first_difference_in_the_headers_own_order_is_named(tmp_path: Path) -> None:
+    Journal(tmp_path, {"recipe": {"seed": 0}, "calibration": "aa"})
+    with pytest.raises(ResumeMismatch, match=r"recipe\.seed was 0, is now 1"):
+        Journal(tmp_path, {"recipe": {"seed": 1}, "calibration": "bb"})
+
+
 def test_a_unit_file_that_changed_stops_and_is_named(tmp_path: Path) -> None:
     finished(tmp_path, 2)
     (tmp_path / "unit-1").write_bytes(b"other")

@@ -19,10 +19,11 @@ from gossamer.checkpoint.atomic import Lock
 from gossamer.checkpoint.load import load_decoder
 from gossamer.compress import pipeline
 from gossamer.compress.calibration import Calibration, token_hash
-from gossamer.compress.pipeline import compress
+from gossamer.compress.pipeline import Later, compress
 from gossamer.compress.plan import check_fit, make_plan
 from gossamer.compress.recipe import Recipe, parse_recipe
 from gossamer.errors import (
+    CompressionError,
     DoesNotFit,
     NumericalError,
     OutputExists,
@@ -30,6 +31,7 @@ from gossamer.errors import (
     RecipeError,
     ResumeMismatch,
     ShapeMismatch,
+    UsageError,
 )
 from tiny_llama import make_folder
 
@@ -41,9 +43,9 @@ def model(tmp_path: Path) -> Path:
     return make_folder(tmp_path / "model", **SHAPE)
 
 
-def recipe(method: str = "gptq", **options: Any) -> Recipe:
+def recipe(method: str = "gptq", seed: int = 0, **options: Any) -> Recipe:
     stage = {"method": method, "bits": 4, "group_size": 32, **options}
-    return parse_recipe({"version": 1, "name": "r", "stages": [stage]}, "test")
+    return parse_recipe({"version": 1, "name": "r", "calibration": {"seed": seed}, "stages": [stage]}, "test")
 
 
 def calibration(seed: int = 0) -> Calibration:
@@ -176,6 +178,96 @@ def test_a_failed_overwrite_keeps_the_old_artifact(
     assert digest(out) == before
 
 
+def test_an_artifact_keeps_its_name_until_its_replacement_is_whole(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    compress(open_checkpoint(model), recipe("rtn"), out)
+    before, write = digest(out), pipeline.write_weights
+    seen = []
+
+    def look(*arguments: Any) -> Any:
+        seen.append(digest(out))
+        return write(*arguments)
+
+    monkeypatch.setattr(pipeline, "write_weights", look)
+    compress(open_checkpoint(model), recipe("rtn", bits=3), out, overwrite=True)
+    assert seen == [before]
+    assert digest(out) != before
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(model: Path, tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / ".out.work"
+    compress(open_checkpoint(model), recipe("rtn"), out)
+    before = digest(out)
+    work.mkdir()
+    out.rename(work / "replaced")
+    assert compress(open_checkpoint(model), recipe("rtn"), out, restart=True).existed
+    assert digest(out) == before
+
+
+def test_unfinished_work_of_another_recipe_outlives_the_command_that_made_the_artifact(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    compress(open_checkpoint(model), recipe("rtn"), out)
+    monkeypatch.setattr(pipeline._Run, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        compress(open_checkpoint(model), recipe("rtn", bits=3), out, overwrite=True)
+    monkeypatch.undo()
+    assert compress(open_checkpoint(model), recipe("rtn"), out).existed
+    assert compress(open_checkpoint(model), recipe("rtn", bits=3), out, overwrite=True).resumed == 4
+
+
+def test_nothing_is_calibrated_for_an_output_that_will_be_refused_or_is_there(model: Path, tmp_path: Path) -> None:
+    def never() -> Calibration:
+        raise AssertionError
+
+    out = tmp_path / "out"
+    compress(open_checkpoint(model), recipe(), out, calibration())
+    assert compress(open_checkpoint(model), recipe(), out, Later(never)).existed
+    with pytest.raises(OutputExists, match="seed was 0, is now 1"):
+        compress(open_checkpoint(model), recipe(seed=1), out, Later(never))
+    with Lock(tmp_path / "other"), pytest.raises(OutputLocked):
+        compress(open_checkpoint(model), recipe(), tmp_path / "other", Later(never))
+    with pytest.raises(DoesNotFit, match="--calibration FILE"):
+        compress(open_checkpoint(model), recipe(), tmp_path / "other", Later(never, memory=1 << 60))
+
+
+def test_a_method_that_needs_tokens_says_so(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gptq needs calibration"):
+        compress(open_checkpoint(model), recipe(), tmp_path / "out")
+
+
+def test_tokens_of_another_vocabulary_are_refused(model: Path, tmp_path: Path) -> None:
+    text = calibration()
+    text.tokens[1, 2] = open_checkpoint(model).config.vocab_size
+    with pytest.raises(CompressionError, match="are not of this model"):
+        compress(open_checkpoint(model), recipe(), tmp_path / "out", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_made_from_an_artifact_remembers_the_texts_that_calibrated_it(model: Path, tmp_path: Path) -> None:
+    paths = [model, *(tmp_path / name for name in "abc")]
+    for i, method in enumerate(("gptq", "rtn", "gptq")):
+        compress(open_checkpoint(paths[i]), recipe(method, bits=8), paths[i + 1], calibration(i))
+    base = json.loads((tmp_path / "c" / "gossamer.json").read_text())["base"]
+    assert [c["sha256"] for c in base["calibrations"]] == [calibration(0).record["sha256"]]
+    assert base["name"] == "b"  # and no folder of this machine
+
+
+def test_packed_again_without_its_embedding_it_is_an_ordinary_folder(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    compress(open_checkpoint(model), recipe("rtn", bits=8, head={"bits": 8, "group_size": 32}), tmp_path / "packed")
+    compress(open_checkpoint(tmp_path / "packed"), recipe("rtn", bits=8), tmp_path / "out")
+    ours = logits(tmp_path / "out")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    with torch.no_grad():
+        assert (theirs(torch.arange(40).unsqueeze(0)).logits - ours).abs().max() < 1e-4 * ours.abs().max()
+
+
 def test_killed_at_twenty_random_points_it_resumes_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads that it does not have
     started = time.monotonic()
@@ -184,12 +276,17 @@ def test_killed_at_twenty_random_points_it_resumes_to_the_same_bytes(model: Path
     out, rng, kills = tmp_path / "out", random.Random(0), 0
     for _ in range(20):
         pid = os.fork()
-        if pid == 0:
-            compress(open_checkpoint(model), recipe(), out, calibration())
-            os._exit(0)
+        if pid == 0:  # the child must never go on as a second test run, whatever happens in it
+            try:
+                compress(open_checkpoint(model), recipe(), out, calibration())
+                os._exit(0)
+            finally:
+                os._exit(1)
         time.sleep(rng.uniform(0.0, 1.2 * seconds))
         os.kill(pid, signal.SIGKILL)
-        kills += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, -signal.SIGKILL)
+        kills += code == -signal.SIGKILL
         assert not out.exists() or digest(out) == whole
         if out.exists():
             for path in sorted(out.rglob("*"), reverse=True):
@@ -201,11 +298,12 @@ def test_killed_at_twenty_random_points_it_resumes_to_the_same_bytes(model: Path
     assert not result.existed
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_every_block_boundary_resumes_to_the_same_bytes(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     """Stops after each unit in turn; at most the block in work is done again."""
-    options = {"embedding": {"bits": 8, "group_size": 32}}
+    options = {"method": method, "embedding": {"bits": 8, "group_size": 32}}
     compress(open_checkpoint(model), recipe(**options), tmp_path / "whole", calibration())
     write = pipeline._Run._write
 
@@ -226,7 +324,7 @@ def test_every_block_boundary_resumes_to_the_same_bytes(
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("change", ["recipe", "model", "corpus"])
+@pytest.mark.parametrize("change", ["recipe", "model", "corpus", "seed"])
 def test_resume_of_other_work_stops_and_names_the_difference(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
@@ -236,9 +334,14 @@ def test_resume_of_other_work_stops_and_names_the_difference(
         compress(open_checkpoint(model), recipe(), out, calibration())
     monkeypatch.undo()
     other = make_folder(tmp_path / "other", seed=1, **SHAPE) if change == "model" else model
-    wanted = recipe(bits=3) if change == "recipe" else recipe()
-    text = calibration(1 if change == "corpus" else 0)
-    names = {"recipe": "bits was 4, is now 3", "model": "model was", "corpus": "calibration was"}
+    wanted = {"recipe": recipe(bits=3), "seed": recipe(seed=1)}.get(change, recipe())
+    text = calibration(0 if change == "recipe" else 1)  # another model or seed brings other samples along
+    names = {
+        "recipe": "bits was 4, is now 3",
+        "model": "model was",
+        "corpus": "calibration was",
+        "seed": "seed was 0, is now 1",
+    }
     with pytest.raises(ResumeMismatch, match=names[change]):
         compress(open_checkpoint(other), wanted, out, text)
     compress(open_checkpoint(other), wanted, out, text, restart=True)
@@ -250,7 +353,8 @@ def test_a_second_run_on_one_output_gets_a_lock_error(model: Path, tmp_path: Pat
         compress(open_checkpoint(model), recipe("rtn"), tmp_path / "out")
 
 
-def test_nan_in_the_checkpoint_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_nan_in_the_checkpoint_is_named_and_leaves_nothing(tmp_path: Path, method: str) -> None:
     from safetensors.torch import load_file, save_file
 
     folder = make_folder(tmp_path / "model", **SHAPE)
@@ -258,7 +362,7 @@ def test_nan_in_the_checkpoint_is_named_and_leaves_nothing(tmp_path: Path) -> No
     tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NumericalError, match=r"model.layers.2.mlp.up_proj.weight has 1 weights"):
-        compress(open_checkpoint(folder), recipe("rtn"), tmp_path / "out")
+        compress(open_checkpoint(folder), recipe(method), tmp_path / "out", calibration())
     assert not (tmp_path / "out").exists()
 
 
@@ -312,5 +416,21 @@ def test_what_does_not_fit_is_said_with_both_numbers_and_the_way_out(model: Path
     planned = make_plan(checkpoint.config, recipe(), checkpoint.dtype)
     with pytest.raises(DoesNotFit, match=r"(?s)0\.10 GB are free.*--calibration-sequences"):
         check_fit(planned, memory=10**8, disk=10**12, needs_statistics=True)
+    sampling = make_plan(checkpoint.config, recipe(), checkpoint.dtype, sampling_bytes=10**9)
+    assert sampling.peak_bytes > 10**9 > planned.peak_bytes
+    with pytest.raises(DoesNotFit, match=r"(?s)0\.10 GB are free.*--calibration FILE"):
+        check_fit(sampling, memory=10**8, disk=10**12, needs_statistics=True)
     with pytest.raises(DoesNotFit, match=r"(?s)of disk.*--out"):
         check_fit(planned, memory=10**12, disk=10, needs_statistics=True)
+
+
+def test_one_long_sequence_and_a_packed_head_are_planned_for(model: Path) -> None:
+    config = open_checkpoint(model).config
+
+    def peak(sequences: int, length: int, **options: Any) -> int:
+        plain = recipe(**options).model_dump(mode="json")
+        plain["calibration"] |= {"sequences": sequences, "length": length}
+        return make_plan(config, parse_recipe(plain, "test"), torch.bfloat16).peak_bytes
+
+    assert peak(1, 65536) > peak(128, 512) + 65536 * 128 * 4  # a sequence is never split
+    assert peak(1, 64, head={"bits": 8, "group_size": 32}) > peak(1, 64)

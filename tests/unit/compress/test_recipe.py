@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gossamer.compress.recipe import load_recipe, parse_recipe
+from gossamer.checkpoint.manifest import Base, Manifest, write_manifest
+from gossamer.compress.recipe import MAX_BYTES, artifact_folder, load_recipe, parse_recipe
 from gossamer.errors import RecipeError, UnknownName
 
 SHIPPED = Path(__file__).parents[3] / "recipes"
@@ -49,6 +51,15 @@ def test_canonical_form_is_a_recipe_that_means_the_same() -> None:
         ({"version": 1, "name": "../x", "stages": [{"method": "rtn"}]}, "name", None),
         ({"version": 1, "name": "r", "stages": [{"method": "rtn"}, {"method": "gptq"}]}, "both quantize", "one"),
         ([1, 2], "a recipe is a mapping", None),
+        ({"version": 1, "name": "r", "stages": 5}, "stages is a list of methods, not 5", "stages:"),
+        ({"version": 1, "name": "r", "stages": True}, "stages is a list of methods, not True", "stages:"),
+        ({"version": 1, "name": "r", "stages": {"method": "rtn"}}, "stages is a list of methods", "stages:"),
+        ({"version": 1, "name": "r", "stages": "rtn"}, "stages is a list of methods, not 'rtn'", "stages:"),
+        ({"version": 1, "name": "r"}, "stages is a list of methods, not None", "stages:"),
+        ({"version": 1, "name": "r", "stages": ["rtn"]}, "stages.0: input should be a valid dictionary", None),
+        ({"version": 1, "name": "r", "stages": [[]]}, "stages.0: input should be a valid dictionary", None),
+        ({**recipe(), "calibration": {"seed": 2**63}}, "calibration.seed", None),
+        ({**recipe(), "calibration": {"seed": -1}}, "calibration.seed", None),
     ],
 )
 def test_a_bad_recipe_is_refused_with_the_place_and_the_way_out(data: Any, message: str, hint: str | None) -> None:
@@ -64,9 +75,113 @@ def test_unknown_shipped_name_suggests_the_nearest() -> None:
         load_recipe("int4-gtpq", SHIPPED)
 
 
-@pytest.mark.parametrize("text", ["a: [", "!!python/object/apply:os.system ['true']", "\x00", "[" * 100_000])
-def test_text_that_is_not_a_recipe_is_a_typed_error(tmp_path: Path, text: str) -> None:
-    path = tmp_path / "r.yaml"
+def write(folder: Path, text: str) -> Path:
+    path = folder / "r.yaml"
     path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [", "!!python/object/apply:os.system ['true']", "\x00", "[" * 10_000, "#" * (MAX_BYTES + 1)]
+)
+def test_text_that_is_not_a_recipe_is_a_typed_error(tmp_path: Path, text: str) -> None:
     with pytest.raises(RecipeError):
+        load_recipe(write(tmp_path, text), SHIPPED)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "2024-13-45",
+        "9" * 5000,
+        "0x" + "f" * 5000,
+        "1:" * 20_000 + "1",
+        "1:" * 300 + "1.0",
+        "!!int x",
+        "!!int ''",
+        "!!float x",
+        "!!timestamp x",
+        "!!bool x",
+        "!!map x",
+        "!!binary x",
+    ],
+    ids=lambda value: value[:12],
+)
+@pytest.mark.parametrize(
+    "line", ["description: {}", "calibration: {{seed: {}}}", "stages: [{{method: rtn, bits: {}}}]"]
+)
+def test_a_scalar_that_yaml_cannot_make_is_a_typed_error_naming_file_and_line(
+    tmp_path: Path, line: str, value: str
+) -> None:
+    path = write(tmp_path, "version: 1\nname: r\n" + line.format(value) + "\n")
+    with pytest.raises(RecipeError) as caught:
         load_recipe(path, SHIPPED)
+    assert str(path) in caught.value.message
+    assert "line 3" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "where", ["version: {}", "version: 1\nstages: {}", "version: 1\nname: {}\nstages: [{{method: rtn}}]"]
+)
+def test_aliases_that_stand_for_gigabytes_are_refused_at_once_in_few_words(tmp_path: Path, where: str) -> None:
+    levels = ["&a0 [x, x, x, x, x, x, x, x, x, x]"]
+    levels += [f"&a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    path = write(tmp_path, where.format("[" + ", ".join(levels) + "]"))
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match="has no aliases") as caught:
+        load_recipe(path, SHIPPED)
+    assert time.monotonic() - started < 1
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_message_shows_little_of_a_large_value() -> None:
+    wide: Any = ["x"] * 10
+    for _ in range(8):
+        wide = [wide] * 10  # 10^9 strings, if it were written out
+    for data in ({"version": wide}, {**recipe(), "name": wide}, {**recipe(), "stages": {"a": wide}}, recipe(bits=wide)):
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe(data, "test")
+        assert len(str(caught.value)) < 1000
+
+
+def artifact(folder: Path, name: str) -> Path:
+    """A folder that records a recipe and nothing else."""
+    folder.mkdir()
+    recorded = parse_recipe({"version": 1, "name": name, "stages": [{"method": "rtn"}]}, "test").canonical()
+    write_manifest(folder, Manifest(base=Base(name="m", fingerprint="f"), recipe=recorded))
+    return folder
+
+
+def test_a_shipped_name_is_not_shadowed_by_what_lies_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    artifact(tmp_path / "int4-gptq", "replayed")
+    artifact(tmp_path / "small", "replayed")
+    (tmp_path / "int8-rtn").write_text("version: 1\nname: mine\nstages: [{method: rtn}]\n")
+    assert load_recipe("int4-gptq", SHIPPED).name == "int4-gptq"
+    assert artifact_folder("int4-gptq", SHIPPED) is None
+    assert load_recipe("int8-rtn", SHIPPED).name == "int8-rtn"
+    for name in ("./int4-gptq", "int4-gptq/", tmp_path / "int4-gptq", "small"):
+        assert load_recipe(name, SHIPPED).name == "replayed"
+        assert artifact_folder(name, SHIPPED) == Path(name)
+    assert load_recipe("./int8-rtn", SHIPPED).name == "mine"
+    assert artifact_folder("./int8-rtn", SHIPPED) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "written"),
+    [
+        ("self", "self"),
+        ("hub:org/data/a/b.json", "hub:org/data/a/b.json"),
+        ("/home/me/secret/text.txt", "text.txt"),
+        ("../text.txt", "text.txt"),
+        ("/data/self", "./self"),
+        ("x/hub:y", "./hub:y"),
+    ],
+)
+def test_canonical_form_names_no_folder_of_the_machine(source: str, written: str) -> None:
+    first = parse_recipe({**recipe(), "calibration": {"source": source}}, "test")
+    assert first.canonical()["calibration"]["source"] == written
+    assert first.calibration.source == source  # still opens the file
+    assert parse_recipe(first.canonical(), "test").canonical() == first.canonical()

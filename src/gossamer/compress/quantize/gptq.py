@@ -7,6 +7,7 @@ Groups keep their place when columns are processed in another order (`act_order`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -20,6 +21,8 @@ from .grid import grid_of, round_column
 
 BLOCK = 128
 """Columns repaired one by one before the rest of the matrix is repaired by one matrix product."""
+PANEL = 256
+"""Rows or columns of a square matrix that are copied or inverted at a time."""
 MAX_DAMPING = 10.0
 
 
@@ -38,6 +41,11 @@ class GPTQ(Quantizer):
     options: GPTQOptions
 
     def quantize(self, weight: Tensor, form: Integer, hessian: Tensor | None) -> Codes:
+        """Codes of a float32 weight [out, in], repaired by `hessian` [in, in] (arXiv 2210.17323, algorithm 1).
+
+        Raises ShapeMismatch if groups do not divide `in`, NumericalError if no damping makes the Hessian invertible
+        or the weights overflow their grid.
+        """
         assert hessian is not None
         diagonal = hessian.diagonal().clone()
         unused = diagonal == 0
@@ -54,31 +62,65 @@ class GPTQ(Quantizer):
 
 
 def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor [in, in] of the inverse of the damped, reordered Hessian. Raises NumericalError."""
+    """Upper Cholesky factor [in, in] of the inverse of the damped Hessian [in, in], its columns taken in `order` [in].
+
+    `damping` is a share of the mean diagonal, raised tenfold as long as the factorization fails. Raises NumericalError
+    if the Hessian is zero or not finite, or no damping helps (arXiv 2210.17323, section 3.3, step 3).
+    """
     mean = float(hessian.diagonal().mean())
     if not mean > 0 or mean == float("inf"):
         raise NumericalError(f"the calibration inputs of this layer are all zero or not finite (mean square {mean})")
     # With the columns in reverse, H = L L^T gives U = L^-1 in reverse: one factorization and one triangular inverse,
-    # and no inverse of H. The matrices of the largest layer are most of the memory that GPTQ takes: drop each early.
+    # and no inverse of H. The matrices of the largest layer are most of the memory that GPTQ takes: all is done in one.
     reverse = order.flip(0)
     while damping <= MAX_DAMPING:
-        damped = torch.empty_like(hessian)
-        for start in range(0, len(reverse), BLOCK):
-            rows = reverse[start : start + BLOCK]
-            damped[start : start + BLOCK] = hessian[rows].index_select(1, reverse)
-        diagonal = damped.diagonal()
-        diagonal += damping * mean
-        diagonal[diagonal == damping * mean] = mean  # unused columns: any positive number will do
-        lower = damped.mT  # symmetric, so this is the same matrix, laid out as LAPACK factorizes it in place
-        _, failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32)))
-        if not failed:
-            inverse = torch.eye(len(order))
-            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            del lower, damped, diagonal
-            if torch.isfinite(inverse.sum()):
-                return inverse.flip(0, 1)
+        lower = _cholesky(hessian, reverse, damping * mean)
+        if lower is not None:
+            _invert_lower(lower)
+            if torch.isfinite(lower.sum()):
+                _turn(lower)
+                return lower
+        del lower
         damping *= 10
     raise NumericalError(f"no damping up to {MAX_DAMPING} makes this layer's Hessian {tuple(hessian.shape)} invertible")
+
+
+def _cholesky(hessian: Tensor, order: Tensor, added: float) -> Tensor | None:
+    """Lower Cholesky factor [in, in] of the Hessian in this order with `added` on its diagonal; None if it has none."""
+    damped = torch.empty_like(hessian)
+    for start in range(0, len(order), PANEL):
+        rows = order[start : start + PANEL]
+        damped[start : start + PANEL] = hessian[rows].index_select(1, order)
+    diagonal = damped.diagonal()
+    unused = diagonal == 0
+    diagonal += added
+    diagonal[unused] = 1.0  # columns that are never used stand alone: any positive number will do
+    lower = damped.mT  # symmetric, so this is the same matrix, laid out as LAPACK factorizes it in place
+    _, failed = torch.linalg.cholesky_ex(lower, out=(lower, torch.empty((), dtype=torch.int32)))
+    return None if failed else lower
+
+
+def _invert_lower(lower: Tensor) -> None:
+    """Put L^-1 in the place of a lower triangular L [n, n], from its last block column to its first."""
+    for start in reversed(range(0, len(lower), PANEL)):
+        stop = min(start + PANEL, len(lower))
+        corner, below = lower[start:stop, start:stop], lower[stop:, start:stop]
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(stop - start), upper=False)
+        below.copy_(lower[stop:, stop:] @ (below @ inverse)).neg_()
+        corner.copy_(inverse)
+
+
+def _turn(matrix: Tensor) -> None:
+    """Reverse the rows and the columns of a matrix [n, n] in its own place."""
+    half = len(matrix) // 2
+    for start in range(0, half, PANEL):
+        stop = min(start + PANEL, half)
+        upper, lower = matrix[start:stop], matrix[len(matrix) - stop : len(matrix) - start]
+        kept = upper.flip(0, 1)
+        upper.copy_(lower.flip(0, 1))
+        lower.copy_(kept)
+    if len(matrix) % 2:
+        matrix[half] = matrix[half].flip(0)
 
 
 def _round_columns(
@@ -98,8 +140,7 @@ def _round_columns(
     scale_t, zero_t = scale.T.contiguous(), zero.T.contiguous()
     codes = torch.empty(columns, weight.shape[0], dtype=torch.int8)
     group_of = (order // group_size).tolist()
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
+    for start, stop in _blocks(columns, columns if refit is None else group_size):
         errors = torch.empty(stop - start, weight.shape[0])
         local = work[start:stop]
         for i in range(start, stop):
@@ -115,6 +156,19 @@ def _round_columns(
     restored = torch.empty_like(codes)
     restored[order] = codes
     return Codes(restored.T.contiguous(), scale_t.T.contiguous(), None if form.symmetric else zero_t.T.to(torch.int8))
+
+
+def _blocks(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
+    """Start and stop of blocks of at most BLOCK columns; a group lies in one of them, or begins with one.
+
+    Repairs reach the columns after a block only at its end: a group that began amid a block and went on behind it would
+    be fitted to weights that are not repaired yet.
+    """
+    whole = group_size * max(1, BLOCK // group_size)
+    for first in range(0, columns, whole):
+        last = min(first + whole, columns)
+        for start in range(first, last, BLOCK):
+            yield start, min(start + BLOCK, last)
 
 
 def _refit_group(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...errors import NumericalError
 from ...formats import Codes, Integer
 
 CLIP_STEPS = 24
@@ -16,6 +17,7 @@ WEIGHTS_AT_ONCE = 1 << 20
 """Bounds the temporary memory of the search, and keeps it in the caches."""
 SMALLEST_RANGE = 0.45
 """The search tries CLIP_STEPS ranges, from one that clips nothing down to this share of a group's own."""
+FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 def grid_of(
@@ -24,22 +26,25 @@ def grid_of(
     """Scale and zero point [out, groups] of a weight [out, in]; with clip="mse" the range of least squared error.
 
     `importance` [in] weighs the squared error of each column (the diagonal of the Hessian, say).
-    Zero points are int8 in the range of the codes, and 0 for a symmetric format.
+    Both are float32. Zero points are whole numbers in the range of the codes, and 0 for a symmetric format.
+    Raises ShapeMismatch if groups do not divide `in`, NumericalError if a value of the grid overflows.
     """
     rows = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
     parts = [_grid_of_rows(part, form, clip, importance) for part in torch.split(weight, rows)]
-    return torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
+    scale, zero = torch.cat([scale for scale, _ in parts]), torch.cat([zero for _, zero in parts])
+    _check_range(weight, scale, form)
+    return scale, zero
 
 
 def quantize(weight: Tensor, scale: Tensor, zero: Tensor, form: Integer) -> Codes:
-    """Round a weight [out, in] to the nearest point of its groups' grids."""
+    """Codes of a weight [out, in]: the nearest points of its groups' grids, `scale` and `zero` [out, groups]."""
     grouped = weight.view(*scale.shape, -1)
     codes, _ = _round(grouped, scale.unsqueeze(-1), zero.unsqueeze(-1), form)
     return Codes(codes.to(torch.int8).view(weight.shape), scale, None if form.symmetric else zero.to(torch.int8))
 
 
 def round_column(column: Tensor, scale: Tensor, zero: Tensor, form: Integer) -> tuple[Tensor, Tensor]:
-    """Codes and their values for one column [out] with its group's scale and zero point [out]."""
+    """Codes (whole float32 numbers) and their values, both [out], of one column [out]; `scale` and `zero` are [out]."""
     return _round(column, scale, zero, form)
 
 
@@ -50,18 +55,28 @@ def _grid_of_rows(weight: Tensor, form: Integer, clip: str, importance: Tensor |
     if clip == "none":
         return scale, zero
     weights = None if importance is None else importance.view(1, grouped.shape[1], -1)
-    best = torch.full_like(low, torch.inf)
-    # A symmetric grid whose steps cover the range evenly clips the largest weight by half a step: begin above it.
-    widest = (2**form.bits - 1) / (2**form.bits - 2) if form.symmetric else 1.0
-    for step in range(CLIP_STEPS):
-        shrink = widest + (SMALLEST_RANGE - widest) * step / (CLIP_STEPS - 1)
+    best = _loss(grouped, scale, zero, form, weights)  # a group keeps its full range unless another loses less
+    for shrink in _shrinks(form):
         s, z = _scale_zero(low * shrink, high * shrink, form)
-        error = (_round(grouped, s.unsqueeze(-1), z.unsqueeze(-1), form)[1] - grouped).square_()
-        loss = (error if weights is None else error.mul_(weights)).sum(-1)
+        loss = _loss(grouped, s, z, form, weights)
         better = loss < best
         best = torch.where(better, loss, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
     return scale, zero
+
+
+def _shrinks(form: Integer) -> list[float]:
+    """Shares of a group's own range that the search tries besides the whole of it."""
+    # A symmetric grid whose steps cover the range evenly clips the largest weight by half a step: begin above it.
+    widest = (2**form.bits - 1) / (2**form.bits - 2) if form.symmetric else 1.0
+    shares = [widest + (SMALLEST_RANGE - widest) * step / (CLIP_STEPS - 1) for step in range(CLIP_STEPS)]
+    return [share for share in shares if share != 1.0]
+
+
+def _loss(grouped: Tensor, scale: Tensor, zero: Tensor, form: Integer, weights: Tensor | None) -> Tensor:
+    """Squared error [out, groups] of rounding weights [out, groups, columns of a group] to these grids."""
+    error = (_round(grouped, scale.unsqueeze(-1), zero.unsqueeze(-1), form)[1] - grouped).square_()
+    return (error if weights is None else error.mul_(weights)).sum(-1)
 
 
 def _scale_zero(low: Tensor, high: Tensor, form: Integer) -> tuple[Tensor, Tensor]:
@@ -73,11 +88,24 @@ def _scale_zero(low: Tensor, high: Tensor, form: Integer) -> tuple[Tensor, Tenso
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = (high - low) / (2**form.bits - 1)
         zero = torch.zeros_like(scale)
-    # A group of zeros still needs a scale to divide by.
-    scale = torch.where(scale > 0, scale, 1.0).to(form.scale_dtype).float()
+    scale = scale.to(form.scale_dtype).float()
+    scale = torch.where(scale == 0, 1.0, scale)  # a group of zeros still needs a scale to divide by
     if not form.symmetric:
         zero = (-(2 ** (form.bits - 1)) - low / scale).round().clamp(*_range(form))
     return scale, zero
+
+
+def _check_range(weight: Tensor, scale: Tensor, form: Integer) -> None:
+    """Raises NumericalError if a scale, or a value that a code may stand for, is not finite."""
+    # One look at the finished scales: a fraction of a percent of the weights, and nothing beside the search for them.
+    largest = float(scale.max())
+    steps = 2 ** (form.bits - 1) if form.symmetric else 2**form.bits - 1
+    if not largest * steps <= FLOAT_MAX:
+        raise NumericalError(
+            f"weights from {float(weight.min()):.3g} to {float(weight.max()):.3g} need a scale of {largest:.3g} at "
+            f"{form.bits} bits: its grid overflows {str(form.scale_dtype).removeprefix('torch.')} scales or float32",
+            hint="no trained model has such weights: compare the checkpoint with its source",
+        )
 
 
 def _round(weight: Tensor, scale: Tensor, zero: Tensor, form: Integer) -> tuple[Tensor, Tensor]:

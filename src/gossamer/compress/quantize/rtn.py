@@ -17,4 +17,5 @@ class RTN(Quantizer):
     Options = QuantizeOptions
 
     def quantize(self, weight: Tensor, form: Integer, hessian: Tensor | None) -> Codes:
+        """Codes of a float32 weight [out, in]; `hessian` is not looked at. Raises ShapeMismatch, NumericalError."""
         return quantize(weight, *grid_of(weight, form, self.options.clip), form)
