@@ -4,10 +4,12 @@
 #   PYTHON=...        the interpreter that makes .venv (default: python3.11, else python3)
 #   TORCH_INDEX=...   one more package index for torch (that of the CPU builds is a smaller download)
 #   WORKERS=...       test processes (default: 2)
+#   SECONDS=...       how long each fuzzer runs (default: 60)
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 TORCH_INDEX ?=
 WORKERS ?= 2
+SECONDS ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +19,7 @@ INSTALL := $(PIP) install --constraint constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt Makefile $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint build clean distclean
+.PHONY: help demo test fuzz lint build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -29,6 +31,12 @@ demo: $(STAMP)  ## compress, compare and run a small model on this machine
 
 test: $(STAMP)  ## all tests but those that need a GPU
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not gpu" --ignore=tests/gpu
+
+# What the extra `fuzz` lists, by name: asking for the extra would build the package once more.
+fuzz: $(STAMP)  ## the readers of both file formats on mutated files; what fails is kept in build/fuzz
+	$(INSTALL) atheris
+	$(BIN)/python tests/fuzz/fuzz_safetensors.py $(SECONDS)
+	$(BIN)/python tests/fuzz/fuzz_gguf.py $(SECONDS)
 
 lint: $(STAMP)  ## style, format and types
 	$(BIN)/ruff check .
