@@ -32,7 +32,7 @@ def plan(
     from ..checkpoint.memory import available_memory
     from ..compress.method import Needs
     from ..compress.pipeline import Later
-    from ..compress.plan import BASE_BYTES, check_fit, free_disk, make_plan
+    from ..compress.plan import RUN_BYTES, check_fit, free_disk, make_plan
 
     checkpoint = open_checkpoint(model)
     recipe_ = with_overrides(read_recipe(recipe), calibration, calibration_sequences, calibration_length, None)
@@ -41,7 +41,7 @@ def plan(
     planned = make_plan(checkpoint.config, recipe_, checkpoint.dtype, sampling)
     memory, disk = available_memory(), free_disk(out)
     kv = 4 * checkpoint.config.kv_elements_per_token()
-    running = BASE_BYTES + planned.output_bytes + kv * context
+    running = RUN_BYTES + planned.output_bytes + kv * context
     row = {
         "model": checkpoint.name,
         "recipe": recipe_.name,

@@ -20,6 +20,8 @@ from .walk import TOKENS_AT_ONCE
 
 BASE_BYTES = 300 << 20
 """Torch, its libraries and this package, before any weight."""
+RUN_BYTES = 400 << 20
+"""The same for a process that runs a model: the tokenizer and the temporaries of a step come on top."""
 ROUND_AT_ONCE = 4 << 20
 """Weights rounded in one piece by a method that needs no statistics."""
 
@@ -79,7 +81,7 @@ def make_plan(config: ModelConfig, recipe: Recipe, dense: torch.dtype, sampling_
         parameters=sum(_count(s) for s in tensor_names(config).values()),
         input_bytes=sum(_count(s) for s in tensor_names(config).values()) * dense.itemsize,
         output_bytes=sizes,
-        peak_bytes=max(_peak(config, recipe, method.needs), BASE_BYTES + sampling_bytes),
+        peak_bytes=max(_peak(config, recipe, method.needs), RUN_BYTES + sampling_bytes if sampling_bytes else 0),
         sampling_bytes=sampling_bytes,
     )
 
@@ -109,7 +111,7 @@ def free_disk(out: Path) -> int:
 def _way_out(plan: Plan, needs_statistics: bool) -> str:
     if not needs_statistics:
         return "close other programs"
-    if plan.peak_bytes == BASE_BYTES + plan.sampling_bytes:
+    if plan.peak_bytes == RUN_BYTES + plan.sampling_bytes:
         return "--calibration FILE takes a text, so that the model need not be loaded to write one"
     return "fewer --calibration-sequences, or a recipe with method rtn"
 

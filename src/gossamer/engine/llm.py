@@ -27,6 +27,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 Prompt: TypeAlias = "str | Many[int]"
 
 MAX_BATCH = 32
+BYTES_PER_LOGIT = 32
+"""Four float32 numbers (logit, scaled, probability, a copy) and two float64 sums while a token is drawn."""
 WAVE_BYTES = 1 << 30
 """Most bytes of KV cache that sampling a model's own text takes (more only if one sequence needs it)."""
 GREEDY = SamplingParams()
@@ -213,10 +215,11 @@ def _longest(sequences: list[Sequence]) -> int:
 
 
 def sampling_bytes(checkpoint: Checkpoint, sequences: int, length: int) -> int:
-    """Bytes that `LLM(checkpoint).sample_tokens(sequences, length)` takes: weights as stored, and one wave's cache."""
+    """Bytes that `LLM(checkpoint).sample_tokens` takes: weights as stored, the cache and the logits of one wave."""
     config = checkpoint.config
+    rows = _wave_rows(config, sequences, length)
     weights = resident_bytes(checkpoint, torch.float32, packed=True)
-    return weights + kv_bytes(config, _wave_rows(config, sequences, length), length)
+    return weights + kv_bytes(config, rows, length) + rows * config.vocab_size * BYTES_PER_LOGIT
 
 
 def isa_in_use() -> str:

@@ -309,11 +309,13 @@ def test_waves_do_not_depend_on_what_is_free(llm, monkeypatch):
 
 def test_sampling_takes_the_weights_and_the_cache_of_one_wave(packed):
     weights = resident_bytes(packed.checkpoint, torch.float32, packed=True)
-    cache = reference.kv_bytes(packed.config, 1, 20)
-    assert sampling_bytes(packed.checkpoint, 3, 20) == weights + 3 * cache
-    assert sampling_bytes(packed.checkpoint, 1000, 20) == weights + llm_module.MAX_BATCH * cache
-    long = llm_module.WAVE_BYTES // reference.kv_bytes(packed.config, 1, 1) // 2 + 1  # not even two of them in a wave
-    assert sampling_bytes(packed.checkpoint, 1000, long) == weights + long * reference.kv_bytes(packed.config, 1, 1)
+    logits = packed.config.vocab_size * llm_module.BYTES_PER_LOGIT
+    row = reference.kv_bytes(packed.config, 1, 20) + logits
+    assert sampling_bytes(packed.checkpoint, 3, 20) == weights + 3 * row
+    assert sampling_bytes(packed.checkpoint, 1000, 20) == weights + llm_module.MAX_BATCH * row
+    token = reference.kv_bytes(packed.config, 1, 1)
+    long = llm_module.WAVE_BYTES // token // 2 + 1  # not even two of them in a wave
+    assert sampling_bytes(packed.checkpoint, 1000, long) == weights + long * token + logits
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
