@@ -66,7 +66,10 @@ class CheckpointError(GossamerError):
 
 
 class ModelNotFound(CheckpointError):
+    """No model of this name; ``asked`` is the name as it was given, where one was."""
+
     exit_code = 2
+    asked: str | None = None
 
 
 class UnsafeCheckpoint(CheckpointError):

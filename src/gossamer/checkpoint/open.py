@@ -24,6 +24,9 @@ def open_checkpoint(name: str | Path, *, allow_pickle: bool = False) -> Checkpoi
     """
     try:
         return _open_named(name, allow_pickle)
+    except ModelNotFound as error:
+        error.asked = str(name)
+        raise
     except OSError as error:
         raise ModelNotFound(f"{str(name)[:200]}: {error.strerror or error}") from error
 

@@ -50,7 +50,6 @@ def save_folder(
 
 def told(tensors: Sequence[Entry], progress: Progress) -> list[Entry]:
     """The same tensors, each of which calls `progress("writing", done, total)` when it has been written."""
-
     written = count(1)  # a file has an order of its own
 
     def chunks(entry: Entry) -> Iterator[torch.Tensor]:

@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except ModelNotFound as error:
-        error.hint = _with_neighbours(error, args)
+        error.hint = _with_neighbours(error)
         return _failed(error)
     except GossamerError as error:
         return _failed(error)
@@ -167,13 +167,9 @@ def _unknown_option(name: str, context: Any) -> GossamerError:
     return error
 
 
-def _with_neighbours(error: ModelNotFound, args: Sequence[str]) -> str | None:
+def _with_neighbours(error: ModelNotFound) -> str | None:
     """The hint, with the models on disk whose names are nearest to the one that was asked for."""
-    values = [arg.partition("=")[2] if arg.startswith("--") else arg for arg in args]
-    asked = [
-        value for value in values if value and (error.message.startswith(f"{value}:") or repr(value) in error.message)
-    ]
-    near = _models_near(Path(asked[0])) if asked else []
+    near = _models_near(Path(error.asked)) if error.asked else []
     if not near:
         return error.hint
     hint = "did you mean " + " or ".join(map(repr, near)) + "?"

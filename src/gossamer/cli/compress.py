@@ -66,7 +66,7 @@ def compress(
         check_writable(record)
     try:
         with progress(quiet) as report:
-            text = calibration_of(recipe, recipe_, checkpoint, report)
+            text = calibration_of(recipe, recipe_, checkpoint, report, quiet)
             result = run(checkpoint, recipe_, out, text, progress=report, overwrite=overwrite, restart=restart)
     except GossamerError as error:
         if record is not None:
@@ -115,14 +115,11 @@ def _failed(checkpoint: Checkpoint, recipe: Recipe, out: Path, error: Exception)
 
 
 def _is_recorded(path: Path, row: dict[str, Any]) -> bool:
-    """True if the file holds a good record of these very bytes already."""
-    from json import loads
+    """True if the file holds a good record of these very bytes already. Raises MeasureError for a damaged line."""
+    from ..report.records import read_records
 
-    if not path.exists():
-        return False
-    rows = [loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     wanted = ("compress", "ok", row["model"]["fingerprint"])
-    return any((r.get("kind"), r.get("status"), r.get("model", {}).get("fingerprint")) == wanted for r in rows)
+    return any((r.kind, r.status, r.model.fingerprint) == wanted for r in read_records([path]))
 
 
 def _say(row: dict[str, Any], result: Result) -> None:
@@ -135,8 +132,7 @@ def _say(row: dict[str, Any], result: Result) -> None:
     resumed = f", {result.resumed} units from an earlier run" if result.resumed else ""
     console().print(
         f"{result.path}: {model['weight_bytes'] / 1e6:.1f} MB, {model['bits_per_weight']:.2f} bits per weight, "
-        f"made in {cost['seconds']:.0f} s with at most {cost['peak_rss_bytes'] / 1e9:.2f} GB of memory{resumed}",
-        markup=False,
+        f"made in {cost['seconds']:.0f} s with at most {cost['peak_rss_bytes'] / 1e9:.2f} GB of memory{resumed}"
     )
     if OWN_PREFIX in (result.path / "config.json").read_text(encoding="utf-8"):
         remark("the embedding is packed: Gossamer reads this folder, transformers and vLLM refuse it")
@@ -177,14 +173,16 @@ def with_overrides(
     return parse_recipe(plain, "command line")
 
 
-def calibration_of(name: str, recipe: Recipe, checkpoint: Checkpoint, report: Progress) -> Calibration | Later | None:
+def calibration_of(
+    name: str, recipe: Recipe, checkpoint: Checkpoint, report: Progress, quiet: bool
+) -> Calibration | Later | None:
     """What the recipe named `name` calibrates on: nothing, an artifact's own tokens, or text yet to be had."""
     from ..compress.calibration import cached_samples, calibrate
     from ..compress.pipeline import Later
 
     if not recipe.needs_calibration():
         return None
-    replay = _recorded(name, recipe, checkpoint)
+    replay = _recorded(name, recipe, checkpoint, quiet)
     if replay is not None:
         return replay
 
@@ -205,7 +203,7 @@ def calibration_of(name: str, recipe: Recipe, checkpoint: Checkpoint, report: Pr
     return Later(lambda: calibrate(spec, checkpoint, generate), memory)
 
 
-def _recorded(name: str, recipe: Recipe, checkpoint: Checkpoint) -> Calibration | None:
+def _recorded(name: str, recipe: Recipe, checkpoint: Checkpoint, quiet: bool) -> Calibration | None:
     """The calibration tokens of the artifact that is replayed, unless the command line or the model asks for others."""
     from ..checkpoint.manifest import read_manifest
     from ..checkpoint.safetensors_io import SafetensorsFile
@@ -227,7 +225,8 @@ def _recorded(name: str, recipe: Recipe, checkpoint: Checkpoint) -> Calibration 
             f"{folder} records the tokens of {recipe.calibration.source} for another model",
             hint="give the text again with --calibration FILE",
         )
-    _say_differences(folder, manifest.versions)
+    if not quiet:
+        _say_differences(folder, manifest.versions)
     tokens = SafetensorsFile(folder / CALIBRATION_FILE).read("tokens").long()
     return replayed(recipe.calibration, manifest.calibration.model_dump(mode="json"), tokens)
 

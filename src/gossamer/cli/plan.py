@@ -36,7 +36,7 @@ def plan(
 
     checkpoint = open_checkpoint(model)
     recipe_ = with_overrides(read_recipe(recipe), calibration, calibration_sequences, calibration_length, None)
-    text = calibration_of(recipe, recipe_, checkpoint, lambda label, done, total: None)
+    text = calibration_of(recipe, recipe_, checkpoint, lambda label, done, total: None, quiet)
     sampling = text.memory if isinstance(text, Later) else 0
     planned = make_plan(checkpoint.config, recipe_, checkpoint.dtype, sampling)
     memory, disk = available_memory(), free_disk(out)

@@ -32,14 +32,12 @@ class Journal:
         if not folder.exists():
             folder.mkdir(parents=True)
             sync(folder.parent)
-        lines = _read(self.path)
+        lines = require_same(folder, header)
         if not lines:
             self._append({"header": header})
             sync(folder)
-        else:
-            require_same(folder, header)
-            for number, line in enumerate(lines[1:], start=2):
-                self._load(number, line)
+        for number, line in enumerate(lines[1:], start=2):
+            self._load(number, line)
 
     def add(self, unit: str, file: Path, notes: Mapping[str, Any]) -> None:
         """Record a unit whose file is complete and synced."""
@@ -64,18 +62,21 @@ class Journal:
             os.fsync(f.fileno())
 
 
-def require_same(folder: Path, header: Mapping[str, Any]) -> None:
-    """Raise ResumeMismatch if a work folder is of other work, naming the first of these keys that differs, in order."""
+def require_same(folder: Path, header: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of a work folder's journal, none if there is none.
+
+    Raises ResumeMismatch if it is of other work, naming the first of these keys that differs, in their order.
+    """
     lines = _read(folder / NAME)
-    if not lines:
-        return
-    was = lines[0]["header"]
-    for key, now in json.loads(json.dumps(header)).items():
-        for path, old, new in differences(was.get(key), now, key):
+    now = json.loads(json.dumps(header))
+    was = lines[0]["header"] if lines else now
+    for key in now:
+        for path, old, new in differences(was.get(key), now[key], key):
             raise ResumeMismatch(
                 f"{folder} holds unfinished work of another run: {path} was {old!r}, is now {new!r}",
                 hint="repeat the earlier command to finish it, or give --restart to discard it",
             )
+    return lines
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

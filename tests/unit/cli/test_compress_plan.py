@@ -136,6 +136,33 @@ def test_a_failed_compression_leaves_a_failed_record_and_a_found_one_its_layers(
     assert row["results"]["seconds"] is None
 
 
+def test_a_replay_with_other_versions_is_said_unless_quiet(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(gptq(model, tmp_path / "a", "-q")) == 0
+    manifest = json.loads((tmp_path / "a" / "gossamer.json").read_text())
+    manifest["versions"]["threads"] = "99"
+    (tmp_path / "a" / "gossamer.json").write_text(json.dumps(manifest))
+    capsys.readouterr()
+    for out, more in (("quiet", ["-q"]), ("loud", [])):
+        command = ["compress", str(model), "--recipe", str(tmp_path / "a"), "--out", str(tmp_path / out)]
+        assert main([*command, *more]) == 0
+        said = capsys.readouterr().err
+        assert ("made with threads 99, here" in said) == (out == "loud")
+        assert bool(said) == (out == "loud")
+
+
+def test_a_record_file_with_a_damaged_line_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "r.jsonl"
+    command = gptq(model, tmp_path / "out", "--record", str(record), "-q")
+    assert main(command) == 0
+    record.write_text(record.read_text()[:-40])  # as a crash leaves it
+    assert main(command) == 1
+    assert f"{record}:1" in capsys.readouterr().err
+
+
 def test_text_too_short_to_calibrate_says_how_many_sequences_it_has(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

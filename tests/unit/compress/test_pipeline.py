@@ -70,6 +70,14 @@ def logits(path: Path, rounded: bool = False) -> torch.Tensor:
     return decoder(torch.arange(40).unsqueeze(0))
 
 
+def leave_unfinished(*arguments: Any, **options: Any) -> None:
+    """A compression that ends when all its blocks are done and nothing is put together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline._Run, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            compress(*arguments, **options)
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 @pytest.mark.parametrize(
     "options",
@@ -208,14 +216,11 @@ def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(model: Pat
 
 
 def test_unfinished_work_of_another_recipe_outlives_the_command_that_made_the_artifact(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     compress(open_checkpoint(model), recipe("rtn"), out)
-    monkeypatch.setattr(pipeline._Run, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        compress(open_checkpoint(model), recipe("rtn", bits=3), out, overwrite=True)
-    monkeypatch.undo()
+    leave_unfinished(open_checkpoint(model), recipe("rtn", bits=3), out, overwrite=True)
     assert compress(open_checkpoint(model), recipe("rtn"), out).existed
     assert compress(open_checkpoint(model), recipe("rtn", bits=3), out, overwrite=True).resumed == 4
 
@@ -325,14 +330,9 @@ def test_every_block_boundary_resumes_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("change", ["recipe", "model", "corpus", "seed"])
-def test_resume_of_other_work_stops_and_names_the_difference(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
-) -> None:
+def test_resume_of_other_work_stops_and_names_the_difference(model: Path, tmp_path: Path, change: str) -> None:
     out = tmp_path / "out"
-    monkeypatch.setattr(pipeline._Run, "_assemble", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        compress(open_checkpoint(model), recipe(), out, calibration())
-    monkeypatch.undo()
+    leave_unfinished(open_checkpoint(model), recipe(), out, calibration())
     other = make_folder(tmp_path / "other", seed=1, **SHAPE) if change == "model" else model
     wanted = {"recipe": recipe(bits=3), "seed": recipe(seed=1)}.get(change, recipe())
     text = calibration(0 if change == "recipe" else 1)  # another model or seed brings other samples along
