@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,14 @@ def require_same(folder: Path, header: Mapping[str, Any]) -> list[dict[str, Any]
                 hint="repeat the earlier command to finish it, or give --restart to discard it",
             )
     return lines
+
+
+def discard(folder: Path) -> None:
+    """Remove a work folder, if it is there: its journal first, so that a kill on the way leaves no promise behind."""
+    if folder.exists():
+        (folder / NAME).unlink(missing_ok=True)
+        sync(folder)
+        shutil.rmtree(folder)
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ from ..formats import Codes, Dense, Format, Integer, quantization_config
 from ..model import FAMILIES, OWN_PREFIX, tensor_names
 from ..model.decoder import Block, Rotation
 from .calibration import Calibration
-from .journal import Journal, differences, require_same
+from .journal import Journal, differences, discard, require_same
 from .method import Needs, Quantizer
 from .plan import ROUND_AT_ONCE, Plan, check_fit, free_disk, make_plan
 from .quantize.rtn import RTN
@@ -122,8 +122,8 @@ class _Run:
             existing = self._existing(overwrite)
             if existing is not None:
                 return existing
-            if restart and self.work.exists():
-                shutil.rmtree(self.work)
+            if restart:
+                discard(self.work)
             require_same(self.work, self._header())
             check_fit(
                 self.plan,
@@ -141,7 +141,7 @@ class _Run:
                 self._compress_blocks_calibrated(journal, self.calibration.tokens)
             layers = [note for unit in self._units() for note in journal.done[unit]["notes"]["layers"]]
             self._assemble(layers)
-            shutil.rmtree(self.work)
+            discard(self.work)
         return Result(self.out, layers, self._error_kind(), resumed, existed=False)
 
     def _error_kind(self) -> str:
@@ -215,7 +215,7 @@ class _Run:
             require_same(self.work, self._header())
         except ResumeMismatch:
             return
-        shutil.rmtree(self.work, ignore_errors=True)
+        discard(self.work)
 
     # Units: each is one file of stored tensors, and one line of the journal.
 

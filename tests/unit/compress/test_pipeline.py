@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.atomic import Lock
 from gossamer.checkpoint.load import load_decoder
-from gossamer.compress import pipeline
+from gossamer.compress import journal, pipeline
 from gossamer.compress.calibration import Calibration, token_hash
 from gossamer.compress.pipeline import Later, compress
 from gossamer.compress.plan import check_fit, make_plan
@@ -273,6 +274,27 @@ def test_packed_again_without_its_embedding_it_is_an_ordinary_folder(model: Path
         assert (theirs(torch.arange(40).unsqueeze(0)).logits - ours).abs().max() < 1e-4 * ours.abs().max()
 
 
+def test_a_kill_amid_the_last_clean_up_leaves_nothing_that_stops_the_next_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def remove_one(folder: Path) -> None:
+        min(folder.glob("block-*")).unlink()
+        raise Killed
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(journal.shutil, "rmtree", remove_one)
+    with pytest.raises(Killed):
+        compress(open_checkpoint(model), recipe(), out, calibration())
+    monkeypatch.undo()
+    whole = digest(out)
+    out.rename(tmp_path / "moved")
+    compress(open_checkpoint(model), recipe(), out, calibration())
+    assert digest(out) == whole
+
+
 def test_killed_at_twenty_random_points_it_resumes_to_the_same_bytes(model: Path, tmp_path: Path) -> None:
     torch.set_num_threads(1)  # a forked child must not inherit a pool of threads that it does not have
     started = time.monotonic()
@@ -285,6 +307,8 @@ def test_killed_at_twenty_random_points_it_resumes_to_the_same_bytes(model: Path
             try:
                 compress(open_checkpoint(model), recipe(), out, calibration())
                 os._exit(0)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(1)
         time.sleep(rng.uniform(0.0, 1.2 * seconds))
