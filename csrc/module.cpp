@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "codes.hpp"
+#include "engine/bind.hpp"
 #include "isa.hpp"
 #include "linear.hpp"
 
@@ -104,6 +105,7 @@ std::vector<std::string> isas() {
 }  // namespace
 
 NB_MODULE(_cpu, m) {
+  nb::set_leak_warnings(false);  // what lives to the end of the process is not worth a word
   m.doc() = "C++ kernels of Gossamer; called through gossamer.kernels.cpu";
   // noconvert: an array of another type or layout is refused, never copied in silence.
   const auto packed = nb::arg("packed").noconvert(), codes = nb::arg("codes").noconvert();
@@ -121,4 +123,5 @@ NB_MODULE(_cpu, m) {
   m.def("isa", [] { return kernels().name; });
   m.def("use_isa", [](const std::string& name) { require(use_kernels(name), "this machine does not have that"); },
         nb::arg("name"));
+  bind_engine(m);
 }

@@ -5,7 +5,7 @@ Every variable that Gossamer reads is named here:
     GOSSAMER_HOME       caches (default: $XDG_CACHE_HOME/gossamer or ~/.cache/gossamer)
     GOSSAMER_THREADS    compute threads (default: the cores this process may use)
     GOSSAMER_ISA        portable, avx2 or avx512: forces the kernels' instruction set
-    GOSSAMER_KERNELS    reference: plain torch instead of C++ (the oracle, slow)
+    GOSSAMER_KERNELS    reference: plain torch instead of C++, kernels and backend (the oracle, slow)
     GOSSAMER_DEBUG      1: show tracebacks
     HF_HUB_OFFLINE      1: never ask the model hub
     NO_COLOR            any value: no colours (honoured by rich)

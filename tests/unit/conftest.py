@@ -93,7 +93,7 @@ def _quantized(weight, form):
     return form.pack(Codes(codes.view(out, columns), scale, zero))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_tiny_model():
     """write_model, for tests that want another one."""
     return write_model

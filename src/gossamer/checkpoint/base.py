@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CorruptCheckpoint, GossamerError, UnknownName
-from ..formats import Format
+from ..formats import Dense, Format
 from ..model import ModelConfig, config_from_hf, tensor_names
 from .files import byte_view
 from .manifest import cached_hash
@@ -47,6 +47,7 @@ class Checkpoint(abc.ABC):
     source_note: str | None = None
     """What a table must say of it, such as "stored as Q4_1 (GGUF): already 4-bit"."""
     _shapes: dict[str, tuple[int, ...]]
+    _tokenizer: Tokenizer | None = None
 
     def names(self) -> tuple[str, ...]:
         """Every tensor of the model; `lm_head.weight` only if it is not the embedding."""
@@ -66,9 +67,15 @@ class Checkpoint(abc.ABC):
     def stored(self, name: str) -> dict[str, torch.Tensor]:
         """Local name (`weight`, `weight_packed`, ...) -> tensor, in the order of rows of the Hugging Face layout."""
 
-    @abc.abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer. Raises TokenizerError."""
+        """The model's tokenizer, made when it is first asked for. Raises TokenizerError."""
+        if self._tokenizer is None:
+            self._tokenizer = self._make_tokenizer()
+        return self._tokenizer
+
+    @abc.abstractmethod
+    def _make_tokenizer(self) -> Tokenizer:
+        """The tokenizer that the files describe. Raises TokenizerError."""
 
     @abc.abstractmethod
     def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -86,6 +93,8 @@ class Checkpoint(abc.ABC):
         """The dequantized tensor, or these rows (step 1) of it; only those rows are read from disk."""
         shape = self.shape(name)
         start, stop = row_range(rows or slice(None), shape[0])
+        if self.format(name) == Dense(dtype):
+            return self._read(name, start, stop)  # as it is stored: a block at a time would be copied once more
         out = torch.empty(stop - start, *shape[1:], dtype=dtype)
         for first, last in row_blocks(start, stop, math.prod(shape[1:])):
             out[first - start : last - start] = self._read(name, first, last)

@@ -46,6 +46,11 @@ def render(template: str, variables: dict[str, Any]) -> str:
     return text
 
 
+def prepare() -> None:
+    """Start a worker that the first rendering will find; it comes up while its parent does something else."""
+    _POOL.prepare()
+
+
 class _Worker:
     """One child process and the pipes to it. Raises _LostError when it does not answer."""
 
@@ -63,18 +68,25 @@ class _Worker:
         self._stdin, self._stdout = self._process.stdin.fileno(), self._process.stdout.fileno()
         os.set_blocking(self._stdin, False)
         os.set_blocking(self._stdout, False)
-        try:
-            self._receive(time.monotonic() + STARTUP)
-        except _LostError as lost:
-            self.stop()
-            raise ChatTemplateError(
-                f"the process for chat templates does not start ({lost})", hint="is jinja2 installed for this Python?"
-            ) from lost
+        self._is_up = False
 
     def ask(self, request: bytes) -> dict[str, Any]:
+        self._come_up()
         deadline = time.monotonic() + DEADLINE
         self._send(len(request).to_bytes(4, "big") + request, deadline)
         return self._receive(deadline)
+
+    def _come_up(self) -> None:
+        """Wait for its first frame, the one that answers nothing. Raises ChatTemplateError."""
+        if self._is_up:
+            return
+        try:
+            self._receive(time.monotonic() + STARTUP)
+        except _LostError as lost:
+            raise ChatTemplateError(
+                f"the process for chat templates does not start ({lost})", hint="is jinja2 installed for this Python?"
+            ) from lost
+        self._is_up = True
 
     def runs(self) -> bool:
         return self._process.poll() is None
@@ -145,6 +157,17 @@ class _Pool:
             with self._guard:
                 self._idle.append(worker)
             return answer
+
+    def prepare(self) -> None:
+        """Have one idle worker, if there is a place for it. One that cannot be started is for `ask` to complain of."""
+        if not self._places.acquire(blocking=False):
+            return
+        try:
+            with self._guard, contextlib.suppress(OSError):
+                if not self._idle:
+                    self._idle.append(_Worker())
+        finally:
+            self._places.release()
 
     def _take(self) -> _Worker | None:
         """An idle worker, if there is one; those that ended while idle (the system was short of memory) go."""

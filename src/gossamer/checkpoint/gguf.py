@@ -6,7 +6,6 @@ query and key projections, which GGUF permutes within each head so that rotary p
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections import Counter
@@ -22,6 +21,7 @@ from ..errors import CorruptCheckpoint, KernelError, UnsupportedModel
 from ..formats import Dense, Format, Tensors
 from .base import Checkpoint, check_tensors, expected_shapes, parse_config, row_blocks
 from .files import RandomAccessFile
+from .gguf_blocks import SIZES, dequantize, has_floats
 from .gguf_header import GGUFTensor, read_header, shown
 
 if TYPE_CHECKING:
@@ -58,21 +58,14 @@ class GGMLBlocks(Format):
         return self.kind.lower()
 
     def stored(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        block, size = _sizes(self.kind)
+        block, size = SIZES[self.kind]
         return {"weight": (torch.uint8, (*shape[:-1], shape[-1] // block * size))}
 
     def unpack(self, tensors: Tensors, rows: slice | None = None) -> torch.Tensor:
-        from gguf.constants import GGMLQuantizationType
-        from gguf.quants import dequantize
-
         data = tensors["weight"]
-        if data.dtype != torch.uint8 or data.shape[-1] % _sizes(self.kind)[1]:
+        if data.dtype != torch.uint8 or data.shape[-1] % SIZES[self.kind][1]:
             raise KernelError(f"{self.name}: {data.dtype} {list(data.shape)} are not rows of whole blocks")
-        data = data if rows is None else data[rows]
-        if data.shape[0] == 0:
-            block, size = _sizes(self.kind)
-            return torch.empty(*data.shape[:-1], data.shape[-1] // size * block)
-        return torch.from_numpy(np.asarray(dequantize(data.numpy(), GGMLQuantizationType[self.kind]), np.float32))
+        return dequantize(self.kind, data if rows is None else data[rows])
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -104,7 +97,7 @@ class GGUFCheckpoint(Checkpoint):
         data, kind = self._rows(name, 0, shape[0]), self._tensors[name].kind
         return {"weight": data.view(_FLOATS[kind]) if kind in _FLOATS else data}
 
-    def tokenizer(self) -> Tokenizer:
+    def _make_tokenizer(self) -> Tokenizer:
         from .gguf_tokenizer import tokenizer_from_gguf
 
         return tokenizer_from_gguf(self.metadata, self.config.vocab_size, self.path)
@@ -160,7 +153,7 @@ class GGUFCheckpoint(Checkpoint):
             if tensor.kind in _FLOATS:
                 continue
             where = f"{self.path}: tensor {name!r} {list(tensor.shape)}"
-            if not _has_floats(tensor.kind):
+            if not has_floats(tensor.kind):
                 raise UnsupportedModel(f"{where}: GGML type {tensor.kind} cannot be turned into floats")
             if len(tensor.shape) == 1:
                 raise UnsupportedModel(f"{where}: a vector as {tensor.kind}", hint="supported: " + ", ".join(_FLOATS))
@@ -305,24 +298,3 @@ def _note(tensors: dict[str, GGUFTensor]) -> str | None:
 def _short(value: float | None) -> float:
     """A number that went through float32, as it was written before: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(0.0 if value is None else value)))
-
-
-def _sizes(kind: str) -> tuple[int, int]:
-    """Weights and bytes per block."""
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    return block, size
-
-
-@functools.cache
-def _has_floats(kind: str) -> bool:
-    """Whether the gguf package can turn blocks of this type into floats."""
-    from gguf.constants import GGMLQuantizationType
-    from gguf.quants import dequantize
-
-    try:
-        dequantize(np.zeros((1, _sizes(kind)[1]), np.uint8), GGMLQuantizationType[kind])
-    except NotImplementedError:
-        return False
-    return True

@@ -5,7 +5,6 @@ Every count, length, dimension and offset is checked against what is left of the
 
 from __future__ import annotations
 
-import functools
 import math
 import reprlib
 import struct
@@ -18,6 +17,7 @@ import numpy as np
 
 from ..errors import CorruptCheckpoint, UnsupportedModel
 from .files import RandomAccessFile
+from .gguf_blocks import TYPES
 
 MAX_HEADER = 256 << 20
 MAX_PAIRS = 1 << 16
@@ -44,6 +44,8 @@ _SCALARS: dict[int, np.dtype[Any]] = {
     12: np.dtype("<f8"),
 }
 _BOOL, _STRING, _ARRAY = 7, 8, 9
+_U64 = struct.Struct("<Q")
+_NEVER = 1 << 64
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class Metadata:
         value = self.values.get(key)
         if value is None:
             return None
-        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        if not isinstance(value, list) or set(map(type, value)) - {str}:
             raise CorruptCheckpoint(f"{self._path}: {key} is not a list of strings")
         return value
 
@@ -185,7 +187,22 @@ class _Cursor:
         return count
 
     def string(self, what: str) -> str:
-        data = self.take(self.count(1, f"bytes in {what}"))
+        return self._decoded(self.take(self.count(1, f"bytes in {what}")), what)
+
+    def strings(self, count: int, what: str) -> list[str]:
+        """So many strings, by the shortest way where they are in the buffer already: vocabularies have 100,000."""
+        buffer, found = self._buffer, list[str]()
+        for _ in range(count):
+            start = self.position + 8
+            end = start + _U64.unpack_from(buffer, start - 8)[0] if start <= len(buffer) else _NEVER
+            if end > len(buffer):  # more is to be read, or refused
+                found.append(self.string(what))
+                continue
+            self.position = end
+            found.append(self._decoded(buffer[start:end], what))
+        return found
+
+    def _decoded(self, data: bytes | bytearray, what: str) -> str:
         try:
             return data.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -207,7 +224,7 @@ class _Cursor:
         if kind == _STRING:
             count = self.count(8, f"strings in {key}", self._strings_left)
             self._strings_left -= count
-            return [self.string(key) for _ in range(count)]
+            return self.strings(count, key)
         if kind == _ARRAY:
             count = self.count(12, f"arrays in {key}", self._arrays_left)
             self._arrays_left -= count
@@ -270,15 +287,6 @@ def _place(
 
 
 def _block(number: int, where: str) -> tuple[str, int, int]:
-    blocks = _block_table()
-    if number not in blocks:
+    if number not in TYPES:
         raise UnsupportedModel(f"{where}: unknown GGML type {number}")
-    return blocks[number]
-
-
-@functools.cache
-def _block_table() -> dict[int, tuple[str, int, int]]:
-    """GGML type number -> name, weights per block, bytes per block."""
-    from gguf.constants import GGML_QUANT_SIZES
-
-    return {int(kind): (kind.name, block, size) for kind, (block, size) in GGML_QUANT_SIZES.items()}
+    return TYPES[number]

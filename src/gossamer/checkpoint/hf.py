@@ -90,7 +90,7 @@ class HFCheckpoint(Checkpoint):
         found = [(full, self._sources[full]) for full in self._stored_names[name].values()]
         return [(full, source, source.info(full)) for full, source in found]
 
-    def tokenizer(self) -> Tokenizer:
+    def _make_tokenizer(self) -> Tokenizer:
         from .tokenizer import tokenizer_from_folder
 
         return tokenizer_from_folder(self.path, self.hf_config)

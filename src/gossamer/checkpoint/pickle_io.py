@@ -66,9 +66,9 @@ class PickleFile:
         return TensorInfo(tensor.dtype, tuple(tensor.shape), 0)
 
     def read(self, name: str, rows: slice | None = None) -> torch.Tensor:
-        """The tensor, or these rows of it."""
+        """The tensor, mapped; or a copy of these rows of it."""
         tensor = self._tensors[name]
         if rows is None or not tensor.dim():
             return tensor
         start, stop = row_range(rows, tensor.shape[0])
-        return tensor[start:stop]
+        return tensor[start:stop].clone(memory_format=torch.contiguous_format)

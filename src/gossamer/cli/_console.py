@@ -56,6 +56,26 @@ def remark(text: str) -> None:
     console().print(text, style="dim")
 
 
+@contextmanager
+def log_remarks(name: str, quiet: bool = False) -> Iterator[None]:
+    """What a logger of the library says is a remark, for as long as this lasts; nothing if quiet."""
+    import logging
+
+    class Remarks(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            remark(record.getMessage())
+
+    logger, handler = logging.getLogger(name), Remarks()
+    if not quiet:
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
 def print_error(error: GossamerError) -> None:
     """One clean message on stderr: what is wrong, and the way out below it."""
     from rich.text import Text

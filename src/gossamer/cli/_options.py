@@ -31,3 +31,11 @@ Weights: TypeAlias = Annotated[
     Literal["stored", "float"],
     typer.Option("--weights", help="stored: packed as in the file (GGUF: bf16); float: fp32."),
 ]
+Backend: TypeAlias = Annotated[
+    Literal["auto", "cpu", "reference"],
+    typer.Option("--backend", help="What computes: cpu (C++), reference (torch); auto: cpu if it can."),
+]
+Activations: TypeAlias = Annotated[
+    Literal["auto", "int8", "exact"],
+    typer.Option("--activations", help="int8: rounded before they meet packed weights; exact: fp32."),
+]

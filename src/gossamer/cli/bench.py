@@ -10,8 +10,20 @@ import typer
 
 from ..errors import UsageError
 from ._console import progress
-from ._options import Json, Quiet, Weights
-from .eval import Engine, Models, Out, Threads, check_out, exit_code, make_table, number, print_table, take
+from ._options import Activations, Backend, Json, Quiet, Weights
+from .eval import (
+    Engine,
+    Models,
+    Out,
+    Threads,
+    check_out,
+    computed_by,
+    exit_code,
+    make_table,
+    number,
+    print_table,
+    take,
+)
 
 
 def bench(
@@ -22,6 +34,8 @@ def bench(
     repetitions: Annotated[int, typer.Option("--repetitions", help="Timed runs, of which the median counts.")] = 5,
     warmup: Annotated[int, typer.Option("--warmup", help="Runs before those, not counted.")] = 1,
     weights: Weights = "stored",
+    backend: Backend = "auto",
+    activations: Activations = "auto",
     engine: Engine = "gossamer",
     threads: Threads = None,
     out: Out = None,
@@ -40,7 +54,7 @@ def bench(
     check_out(out)
     plans = [SpeedPlan(prompt_tokens, output_tokens, n, repetitions, warmup) for n in _sizes(batch)]
     with progress(quiet) as report:
-        ran = (bench_models(models, plan, report, weights, threads) for plan in plans)
+        ran = (bench_models(models, plan, report, weights, threads, backend, activations) for plan in plans)
         records = take(chain.from_iterable(ran), out, json)
     if not json:
         _show(records)
@@ -65,7 +79,7 @@ def _show(records: Sequence[dict[str, Any]]) -> None:
         records,
         make_table(columns, [_row(record) for record in records]),
         f"prompt {p['prompt_tokens']}, output {p['output_tokens']} tokens, median of {p['repetitions']} after "
-        f"{p['warmup']} warm-up, in turns; {p['weights']} weights"
+        f"{p['warmup']} warm-up, in turns; {p['weights']} weights, {computed_by(records)}"
         + (f"; no room beside the others, so alone after them: {', '.join(alone)}" if alone else "")
         + ("; * KV from the model's shape, too small to be measured" if computed else ""),
     )

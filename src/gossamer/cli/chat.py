@@ -28,6 +28,8 @@ def chat(
     seed: o.Seed = None,
     stop: o.Stop = None,
     weights: o.Weights = "stored",
+    backend: o.Backend = "auto",
+    activations: o.Activations = "auto",
     quiet: o.Quiet = False,
 ) -> None:
     """Talk with a model; /help lists what else may be typed.
@@ -38,7 +40,7 @@ def chat(
     from ..checkpoint import open_checkpoint
 
     params = sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
-    llm = load(open_checkpoint(model), weights, quiet, max_tokens)
+    llm = load(open_checkpoint(model), weights, backend, activations, quiet, max_tokens)
     if llm.tokenizer.chat_template is None:
         raise EngineError(f"{model} has no chat template", hint="gossamer run continues a text without one")
     conversation = Conversation(llm, params)

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import GossamerError
 from ._console import console, emit_json, print_error, progress
-from ._options import Json, Quiet, Weights
+from ._options import Activations, Backend, Json, Quiet, Weights
 
 Models: TypeAlias = Annotated[
     list[str], typer.Argument(metavar="MODEL...", help="Folders, .gguf files, hub ids or aliases (smollm2).")
@@ -37,7 +37,9 @@ def eval_(
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Use only so many tokens of the text.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=0, help="Built-in prompts to answer greedily.")] = 3,
-    weights: Weights = "float",
+    weights: Weights = "stored",
+    backend: Backend = "auto",
+    activations: Activations = "auto",
     engine: Engine = "gossamer",
     threads: Threads = None,
     out: Out = None,
@@ -63,6 +65,8 @@ def eval_(
         tokens=tokens,
         samples=samples,
         weights=weights,
+        backend=backend,
+        activations=activations,
         threads=threads,
     )
     with progress(quiet) as report:
@@ -153,13 +157,22 @@ def print_table(records: Sequence[dict[str, Any]], table: Any, protocol: str) ->
         screen.print(Text(f"{', '.join(dict.fromkeys(names))}: {note}", style="dim"))
 
 
+def computed_by(records: Sequence[dict[str, Any]]) -> str:
+    """What computed, in a few words: `cpu backend (avx512, int8 activations)`; more than one if models differ."""
+    found = []
+    for engine in (record["engine"] for record in records if record["status"] == "ok"):
+        details = [engine["kernels"], f"{engine['activations']} activations" if engine["activations"] else None]
+        found.append(f"{engine['backend']} backend ({', '.join(detail for detail in details if detail)})")
+    return " and ".join(dict.fromkeys(found)) or "nothing computed"
+
+
 def number(value: float | None, digits: int) -> str:
     """A number with so many digits after the point, or a dash."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def _show(records: Sequence[dict[str, Any]]) -> None:
-    columns = ("model", "bits/weight", "MB", "perplexity", "KLD mean", "KLD p99", "top-1 same", "tokens/s")
+    columns = ("model", "bits/weight", "MB", "perplexity", "KLD mean", "KLD p99", "KLD int8", "top-1 same", "tokens/s")
     table = make_table(columns, [_row(record) for record in records])
     p = next((r["protocol"] for r in records if r["status"] == "ok"), records[0]["protocol"])
     against = f", against {p['reference']}" if p["reference"] else ""
@@ -169,7 +182,8 @@ def _show(records: Sequence[dict[str, Any]]) -> None:
         records,
         table,
         f"{p['corpus']} ({p['corpus_sha256'][:8]}): {scored} scored in {windows} of "
-        f"{p['context']}, the last {p['scored']} of each, stride {p['stride']}{against}; {p['weights']} weights",
+        f"{p['context']}, the last {p['scored']} of each, stride {p['stride']}{against}; {p['weights']} weights, "
+        f"{computed_by(records)}",
     )
     _show_samples(records)
 
@@ -185,6 +199,7 @@ def _row(record: dict[str, Any]) -> tuple[str, ...]:
         number(results.get("perplexity"), 3) if results else "failed",
         number(results.get("kld_mean"), 4),
         number(results.get("kld_p99"), 3),
+        number(results.get("activation_kld"), 4),
         "-" if share is None else f"{share:.1%}",
         number(results.get("tokens_per_second"), 0),
     )

@@ -12,14 +12,15 @@ import typer
 
 from ..errors import EngineError, UsageError
 from . import _options as o
-from ._console import emit_json, progress, remark
+from ._console import emit_json, log_remarks, progress, remark
+from ._imports import importing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ..checkpoint import Checkpoint, Tokenizer
     from ..engine import LLM, SamplingParams, Token
-    from ..engine.llm import Weights
+    from ..engine.backend import Activations, BackendName, Weights
 
 
 def run(
@@ -34,6 +35,8 @@ def run(
     stop: o.Stop = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt itself, without the chat template.")] = False,
     weights: o.Weights = "stored",
+    backend: o.Backend = "auto",
+    activations: o.Activations = "auto",
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -42,15 +45,20 @@ def run(
     \b
     gossamer run smollm2 "Why is the sky blue?"
     """
-    from ..checkpoint import open_checkpoint
+    from ..checkpoint import chat_template
 
     params = sampling_params(max_tokens, temperature, top_p, top_k, min_p, seed, stop)
     text = require_utf8(stdin().read() if prompt == "-" else prompt)
     if not text:
         raise UsageError("the prompt is empty", hint="gossamer run MODEL PROMPT, or - to read it from stdin")
+    if not raw:
+        chat_template.prepare()  # it starts while torch is imported, which takes a core for a second
+    with importing():
+        from ..checkpoint import open_checkpoint
+        from ..engine import LLM  # noqa: F401  # which `load` takes
     checkpoint = open_checkpoint(model)
     tokens = prompt_tokens(checkpoint.tokenizer(), text, raw)
-    llm = load(checkpoint, weights, quiet, len(tokens) + max_tokens)
+    llm = load(checkpoint, weights, backend, activations, quiet, len(tokens) + max_tokens)
     answer = Answer()
     answer.follow(llm.stream(tokens, params), show=not json)
     if json:
@@ -98,12 +106,29 @@ def require_utf8(text: str, what: str = "the prompt") -> str:
     return text
 
 
-def load(checkpoint: Checkpoint, weights: Weights, quiet: bool, tokens: int) -> LLM:
-    """The model with room for a prompt and its answer of so many tokens, loaded under a progress bar. Raises as LLM."""
+def load(
+    checkpoint: Checkpoint,
+    weights: Weights,
+    backend: BackendName,
+    activations: Activations,
+    quiet: bool,
+    tokens: int,
+) -> LLM:
+    """The model with room for a prompt and its answer of so many tokens, loaded under a progress bar. Raises as LLM.
+
+    What the engine says of its choice of backend is a remark.
+    """
     from ..engine import LLM
 
-    with progress(quiet) as callback:
-        return LLM(checkpoint, weights, reserve_tokens=tokens, progress=callback)
+    with progress(quiet) as callback, log_remarks("gossamer.engine", quiet):
+        return LLM(
+            checkpoint,
+            weights,
+            backend=backend,
+            activations=activations,
+            reserve_tokens=tokens,
+            progress=callback,
+        )
 
 
 def prompt_tokens(tokenizer: Tokenizer, text: str, raw: bool) -> list[int]:

@@ -28,7 +28,7 @@ from .recipe import CalibrationSpec
 Generate = Callable[[int, int, int], Tensor]
 """(sequences, length, seed) -> tokens [sequences, length], sampled at temperature 1 from the model's start token."""
 
-SAMPLER = 2
+SAMPLER = 3
 """Counts changes of the sampling rule, so that an old cache is not taken for a new one."""
 MAX_TEXT = 1 << 30
 

@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..checkpoint import Checkpoint, open_checkpoint
-from ..checkpoint.load import load_decoder, resident_bytes
+from ..checkpoint.load import resident_bytes
 from ..checkpoint.memory import available_memory, require_memory
-from ..errors import EngineError, UnknownName
+from ..errors import EngineError
 from ..kernels import dispatch
-from ..model.config import ModelConfig
 from ..settings import threads
+from .backend import Activations, BackendName, Progress, Weights, cache_bytes, choose, kv_bytes_per_token
 from .params import SamplingParams
-from .reference import Batch, kv_bytes
+from .runner import KVPool, Rows
 from .sampling import Sampler, draw, require_finite, sample, scaled
 from .sequence import Completion, Sequence, Token
 
-Weights = Literal["stored", "float"]
-Progress: TypeAlias = Callable[[str, int, int], None]
 Prompt: TypeAlias = "str | Many[int]"
 
 MAX_BATCH = 32
@@ -38,7 +36,11 @@ class LLM:
     """A model that generates. Raises CheckpointError, TokenizerError or DoesNotFit if it cannot be loaded.
 
     `weights`: "stored" keeps integer and bfloat16 weights as compact as the file; "float" expands all to float32, which
-    is what everything else is compared with. Activations and the KV cache are float32 in both.
+    is what everything else is compared with.
+    `backend`: what computes: "cpu" (C++), "reference" (torch), or "auto": cpu wherever it can run the model.
+    `activations`: "int8" rounds them before they meet packed weights, "exact" keeps float32; "auto" is the backend's
+    choice, and so is the dtype of the KV cache, unless `kv_cache` names one. `reference` is exact in both.
+    `max_batch`: most prompts that are run together.
     `reserve_tokens`: a prompt and its answer of so many tokens must fit beside the weights, or nothing is loaded.
     """
 
@@ -47,21 +49,23 @@ class LLM:
         model: str | Path | Checkpoint,
         weights: Weights = "stored",
         *,
+        backend: BackendName = "auto",
+        activations: Activations = "auto",
+        kv_cache: str = "auto",
         max_batch: int = MAX_BATCH,
         reserve_tokens: int = 0,
         progress: Progress | None = None,
     ) -> None:
-        if weights not in ("stored", "float"):
-            raise UnknownName("way to hold weights", str(weights), ("stored", "float"))
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise EngineError(f"max_batch is {max_batch!r}, expected 1 or more")
         torch.set_num_threads(threads())
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         self.config = self.checkpoint.config
-        packed = weights == "stored"
-        _require_room(self.checkpoint, packed, reserve_tokens)
+        per_token = kv_bytes_per_token(self.checkpoint, backend, weights, kv_cache)
+        _require_room(self.checkpoint, weights, per_token, reserve_tokens)
         self.tokenizer = self.checkpoint.tokenizer()
-        self.decoder = load_decoder(self.checkpoint, progress=progress, packed=packed)
+        self.backend = choose(self.checkpoint, backend, weights, activations, kv_cache, progress)
+        self.pool = KVPool(self.backend)
         self.max_batch = max_batch
 
     def generate(
@@ -123,7 +127,7 @@ class LLM:
             raise EngineError(f"length {length} is more than the {self.config.max_positions} positions of the model")
         uniform = torch.rand(sequences, length, generator=torch.Generator().manual_seed(seed))
         tokens = torch.empty(sequences, length, dtype=torch.int64)
-        size = _wave_rows(self.config, sequences, length)
+        size = _wave_rows(self.backend.kv_bytes_per_token, sequences, length)
         done, total = 0, length * -(-sequences // size)
         for start in range(0, sequences, size):
             wave = slice(start, start + size)
@@ -164,62 +168,65 @@ class LLM:
         """Sequences in groups that are run together: of like lengths, and no more than memory holds."""
         rest = sorted(sequences, key=lambda s: -len(s.prompt))
         while rest:
-            size = min(self.max_batch, len(rest))  # half of what is free: the steps need some as well
-            while size > 1 and kv_bytes(self.config, size, _longest(rest[:size])) > available_memory() // 2:
-                size //= 2
+            size = min(self.max_batch, len(rest))
+            while size > 1 and self._cache_bytes(rest[:size]) > (available_memory() + self.pool.nbytes) // 2:
+                size //= 2  # half of what is free: the steps need some as well
             yield rest[:size]
             rest = rest[size:]
 
+    def _cache_bytes(self, sequences: list[Sequence]) -> int:
+        """Bytes of KV cache that these may take."""
+        return sum(cache_bytes(self.backend.kv_bytes_per_token, 1, _most_tokens(s)) for s in sequences)
+
     def _sampled(self, uniform: Tensor, temperature: float) -> Iterator[Tensor]:
         """One wave of text from the start token: tokens int64 [rows] for each column of uniform [rows, length]."""
-        rows, length = uniform.shape
-        batch = Batch(self.decoder, [[self.start_token]] * rows, length)
-        logits = batch.prefill()
-        for at in range(length):
-            require_finite(logits)
-            tokens = draw(scaled(logits, temperature), uniform[:, at])
-            yield tokens
-            if at + 1 < length:
-                logits = batch.step(tokens.tolist())
+        count, length = uniform.shape
+        with Rows(self.pool, [[self.start_token]] * count, [length] * count) as rows:
+            for at in range(length):
+                logits = rows.forward()
+                require_finite(logits)
+                tokens = draw(scaled(logits, temperature), uniform[:, at])
+                yield tokens
+                rows.append(tokens.tolist())
 
     def _run(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, Token]]:
         """Prefill, then sample and step until every sequence has finished; they leave as they do."""
-        batch = Batch(self.decoder, [s.prompt for s in sequences], _longest(sequences))
-        rows = [(s, Sampler(s.params)) for s in sequences]
-        logits = batch.prefill()
-        while True:
-            self._forbid_early_ends(logits, rows)
-            tokens = sample(logits, [sampler for _, sampler in rows])
-            for (sequence, _), token in zip(rows, tokens, strict=True):
-                yield sequence, sequence.push(token)
-            for row in reversed(range(len(rows))):
-                if rows[row][0].finish_reason is not None:
-                    batch.drop(row)
-                    rows[row] = rows[-1]
-                    rows.pop()
-            if not rows:
-                return
-            logits = batch.step([sequence.tokens[-1] for sequence, _ in rows])
+        running = [(s, Sampler(s.params)) for s in sequences]
+        with Rows(self.pool, [s.prompt for s in sequences], [_most_tokens(s) for s in sequences]) as rows:
+            while running:
+                tokens = self._next_tokens(rows, running)
+                for (sequence, _), token in zip(running, tokens, strict=True):
+                    yield sequence, sequence.push(token)
+                for row in reversed(range(len(running))):
+                    if running[row][0].finish_reason is not None:
+                        rows.drop(row)
+                        del running[row]
+                rows.append([sequence.tokens[-1] for sequence, _ in running])
 
-    def _forbid_early_ends(self, logits: Tensor, rows: list[tuple[Sequence, Any]]) -> None:
-        """min_tokens: no end token may be drawn before."""
+    def _next_tokens(self, rows: Rows, running: list[tuple[Sequence, Sampler]]) -> list[int]:
+        """One token for each row; logits leave the backend only if one of them needs more than the likeliest."""
+        early = [row for row, (s, _) in enumerate(running) if not s.may_stop and not s.params.ignore_eos]
+        if not early and all(s.params.greedy for s, _ in running):
+            likeliest: list[int] = rows.argmax().tolist()
+            return likeliest
+        logits = rows.forward()
         with torch.inference_mode():
-            for row, (sequence, _) in enumerate(rows):
-                if not sequence.may_stop and not sequence.params.ignore_eos:
-                    logits[row, list(self.tokenizer.eos_ids)] = -torch.inf
+            for row in early:  # min_tokens: no end token may be drawn before
+                logits[row, list(self.tokenizer.eos_ids)] = -torch.inf
+        return sample(logits, [sampler for _, sampler in running])
 
 
-def _longest(sequences: list[Sequence]) -> int:
-    """Positions that the longest of these may take."""
-    return max(len(s.prompt) + s.limit for s in sequences)
+def _most_tokens(sequence: Sequence) -> int:
+    """Tokens that this one may have."""
+    return len(sequence.prompt) + sequence.limit
 
 
 def sampling_bytes(checkpoint: Checkpoint, sequences: int, length: int) -> int:
     """Bytes that `LLM(checkpoint).sample_tokens` takes: weights as stored, the cache and the logits of one wave."""
-    config = checkpoint.config
-    rows = _wave_rows(config, sequences, length)
+    per_token = kv_bytes_per_token(checkpoint)
+    rows = _wave_rows(per_token, sequences, length)
     weights = resident_bytes(checkpoint, torch.float32, packed=True)
-    return weights + kv_bytes(config, rows, length) + rows * config.vocab_size * BYTES_PER_LOGIT
+    return weights + cache_bytes(per_token, rows, length) + rows * checkpoint.config.vocab_size * BYTES_PER_LOGIT
 
 
 def isa_in_use() -> str:
@@ -227,24 +234,24 @@ def isa_in_use() -> str:
     return dispatch.isa()
 
 
-def _require_room(checkpoint: Checkpoint, packed: bool, tokens: int) -> None:
+def _require_room(checkpoint: Checkpoint, weights: Weights, per_token: float, tokens: int) -> None:
     """Raise DoesNotFit if the weights fit (loading them checks that), but not with a KV cache for so many tokens."""
     tokens = min(tokens, checkpoint.config.max_positions)
-    weights = resident_bytes(checkpoint, torch.float32, packed)
-    cache = kv_bytes(checkpoint.config, 1, tokens)
-    if cache > 0 and weights <= available_memory():
+    held = resident_bytes(checkpoint, torch.float32, packed=weights == "stored")
+    cache = cache_bytes(per_token, 1, tokens)
+    if cache > 0 and held <= available_memory():
         require_memory(
-            weights + cache,
-            f"{checkpoint.name}: holding its weights ({weights / 1e6:,.1f} MB) "
+            held + cache,
+            f"{checkpoint.name}: holding its weights ({held / 1e6:,.1f} MB) "
             f"and the KV cache for {tokens:,} tokens ({cache / 1e6:,.1f} MB)",
             "ask for fewer tokens (--max-tokens) or shorten the prompt, or take a smaller model",
         )
 
 
-def _wave_rows(config: ModelConfig, sequences: int, length: int) -> int:
-    """How many sequences of so many tokens are sampled at once.
+def _wave_rows(per_token: float, sequences: int, length: int) -> int:
+    """How many sequences of so many tokens are sampled at once, with so many bytes of KV cache for each token.
 
     Free memory has no say: logits may differ in their last bits from one batch size to another, and the same seed is to
     give the same tokens however busy the machine is.
     """
-    return min(sequences, MAX_BATCH, max(1, WAVE_BYTES // kv_bytes(config, 1, length)))
+    return min(sequences, MAX_BATCH, max(1, WAVE_BYTES // cache_bytes(per_token, 1, length)))

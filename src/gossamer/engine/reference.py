@@ -1,94 +1,121 @@
-"""The reference backend: prompts through the Decoder as a batch, then a token at a time. Knows no sampling and no text.
+"""The reference backend: the Decoder over a paged KV cache, in plain torch. The oracle of every other backend.
 
-Prompts are padded on the right, which the Decoder's cache makes harmless, and are read in chunks, so that a long one
-needs no more temporary memory than a short one. Rows are kept longest first: those with prompt left to read are then
-always the first ones, and a finished row gives its place to the last.
+Keys and values are float32. Sequences that bring equally many tokens to a step go through the Decoder together, so the
+decodes of a step are one batch, whatever their contexts; nothing is padded. Knows no request and no schedule.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator
+from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoint import Checkpoint
+from ..checkpoint.load import load_decoder
 from ..checkpoint.memory import require_memory
-from ..model.config import ModelConfig
-from ..model.decoder import Decoder, KVCache
-
-CHUNK = 512
-"""Tokens of each prompt that are read at once."""
-CHUNK_TOKENS = 2048
-"""Tokens of all prompts together that are read at once."""
+from ..kernels import dispatch
+from ..model.decoder import Decoder
+from .backend import BLOCK_SIZE, Backend, Batch, Progress, Weights
 
 
-class Batch:
-    """Rows of a KV cache in use, and the tokens to come for each."""
+class ReferenceBackend(Backend):
+    """A Decoder and the blocks of its KV cache."""
 
-    def __init__(self, decoder: Decoder, prompts: Sequence[Sequence[int]], max_length: int) -> None:
-        """Prompts in order of falling length; `max_length` bounds prompt and generated tokens of each row.
+    name = "reference"
 
-        Raises DoesNotFit before anything is allocated.
-        """
-        assert all(len(a) >= len(b) for a, b in pairwise(prompts))
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self.config = decoder.config
+        self.kv_bytes_per_token = 4.0 * decoder.config.kv_elements_per_token()
+        self.num_blocks = 0
+        self.keys: list[Tensor] = []
+        """Per layer [num_blocks, BLOCK_SIZE, num_kv_heads, head_dim]; so are the values."""
+        self.values: list[Tensor] = []
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, weights: Weights = "stored", progress: Progress | None = None) -> Self:
+        """A checkpoint's model, its weights as stored or expanded to float32. Raises CheckpointError, DoesNotFit."""
+        return cls(load_decoder(checkpoint, progress=progress, packed=weights == "stored"))
+
+    def reserve(self, num_blocks: int) -> None:
+        if 0 < num_blocks <= self.num_blocks:
+            return
+        more = self.kv_bytes_per_token * BLOCK_SIZE * (num_blocks - self.num_blocks)
         require_memory(
-            kv_bytes(decoder.config, len(prompts), max_length),
-            f"the KV cache for {len(prompts)} x {max_length:,} tokens",
+            int(more),
+            f"{'growing ' if self.num_blocks else ''}the KV cache {'to' if self.num_blocks else 'for'} "
+            f"{num_blocks * BLOCK_SIZE:,} tokens",
             "ask for fewer tokens, or for fewer prompts at a time",
         )
-        self.decoder = decoder
-        self.cache = KVCache(decoder.config, len(prompts), max_length)
-        self.lengths = [len(p) for p in prompts]
-        self._prompts = prompts
+        self.keys, self.values = [], []  # first: both at once would take more
+        shapes = [(num_blocks, BLOCK_SIZE, c.num_kv_heads, c.head_dim) for c in self.config.layers if num_blocks]
+        self.keys, self.values = ([torch.zeros(shape) for shape in shapes] for _ in range(2))
+        self.num_blocks = num_blocks
 
-    def prefill(self) -> Tensor:
-        """Read the prompts; logits float32 [rows, vocab_size] after the last token of each."""
-        last = torch.empty(len(self.lengths), self.decoder.config.hidden_size)
-        start = 0
-        while start < self.lengths[0]:
-            rows = sum(length > start for length in self.lengths)
-            stop = min(start + max(1, min(CHUNK, CHUNK_TOKENS // rows)), self.lengths[0])
-            tokens = torch.zeros(rows, stop - start, dtype=torch.int64)
-            for row in range(rows):
-                part = torch.tensor(self._prompts[row][start:stop], dtype=torch.int64)
-                tokens[row, : len(part)] = part
-            hidden = self._hidden(tokens, torch.arange(start, stop).expand(rows, -1))
-            for row in range(rows):
-                if self.lengths[row] <= stop:
-                    last[row] = hidden[row, self.lengths[row] - 1 - start]
-            start = stop
-        return self.decoder.logits(last)
+    @torch.inference_mode()
+    def hidden(self, batch: Batch) -> Tensor:
+        batch.check(self.config, self.num_blocks)
+        tokens = torch.from_numpy(batch.tokens).long()
+        states = torch.empty(len(tokens), self.config.hidden_size)
+        for members in _equally_long(batch):
+            cache = PagedCache(self, batch, members)
+            states[cache.rows] = self.decoder.hidden(tokens[cache.rows], cache, cache.positions)
+        return states[torch.from_numpy(batch.logit_rows).long()]
 
-    def step(self, tokens: Sequence[int]) -> Tensor:
-        """Append one token to every row; logits float32 [rows, vocab_size] after it."""
-        positions = torch.tensor(self.lengths).unsqueeze(1)
-        self.lengths = [n + 1 for n in self.lengths]
-        return self.decoder.logits(self._hidden(torch.tensor(tokens).unsqueeze(1), positions)[:, 0])
+    def head(self, states: Tensor) -> Tensor:
+        if len(states) == 0:
+            return torch.empty(0, self.config.vocab_size)
+        return self.decoder.logits(states)
 
-    def drop(self, row: int) -> None:
-        """Forget a row; the last row takes its number."""
-        last = len(self.lengths) - 1
-        for tensors in (self.cache.keys, self.cache.values):
-            for tensor in tensors:
-                tensor[row] = tensor[last]
-        self.lengths[row] = self.lengths[last]
-        self.lengths.pop()
+    def forward(self, batch: Batch) -> Tensor:
+        return self.head(self.hidden(batch))
 
-    def _hidden(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states [rows, time, hidden_size] of tokens [rows, time] for the first rows of the cache."""
-        return self.decoder.hidden(tokens, _first_rows(self.cache, len(tokens)), positions)
+    @property
+    def weight_bytes(self) -> int:
+        tensors = {t.data_ptr(): t for t in self.decoder.state_dict().values()}
+        return sum(t.nbytes for t in tensors.values())
+
+    def describe(self) -> str:
+        isa = dispatch.isa()
+        return f"{'plain torch' if isa == 'reference' else isa}, exact activations"
 
 
-def kv_bytes(config: ModelConfig, rows: int, length: int) -> int:
-    """Bytes of the keys and values of `rows` sequences of `length` tokens, in float32."""
-    return config.kv_elements_per_token() * rows * length * 4
+class PagedCache:
+    """The Decoder's view of the cache for `members` of a batch, which bring equally many tokens each."""
+
+    def __init__(self, backend: ReferenceBackend, batch: Batch, members: np.ndarray) -> None:
+        self._backend = backend
+        time = torch.arange(int(batch.query_lens[members[0]]))  # their tokens in this step, counted from 0
+        lengths = torch.from_numpy(batch.context_lens[members]).long().unsqueeze(1)
+        self._longest = int(lengths.max())
+        self.rows = torch.from_numpy(batch.query_start[members]).long().unsqueeze(1) + time
+        """[members, time]: where their tokens stand in the batch."""
+        self.positions = lengths - len(time) + time
+        """[members, time]."""
+        blocks = torch.arange(-(-self._longest // BLOCK_SIZE))
+        tables = torch.from_numpy(batch.block_tables[members]).long()[:, : len(blocks)]
+        self._tables = tables.where(blocks * BLOCK_SIZE < lengths, 0)  # what is past the context may be anything
+        block = self._tables.gather(1, self.positions // BLOCK_SIZE)
+        self._slots = block * BLOCK_SIZE + self.positions % BLOCK_SIZE
+        self._unseen = (torch.arange(self._longest) >= lengths).nonzero(as_tuple=True)
+
+    def store(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v [members, time, num_kv_heads, head_dim]; all of them [members, num_kv_heads, past, head_dim]."""
+        return self._store(self._backend.keys[layer], k), self._store(self._backend.values[layer], v)
+
+    def _store(self, pool: Tensor, new: Tensor) -> Tensor:
+        pool.flatten(0, 1)[self._slots] = new
+        held = pool.index_select(0, self._tables.flatten()).view(len(self._tables), -1, *pool.shape[2:])
+        held = held[:, : self._longest]
+        held[self._unseen] = 0.0  # left by others: masked, but NaN would shine through the mask
+        return held.transpose(1, 2)
 
 
-def _first_rows(cache: KVCache, rows: int) -> KVCache:
-    """A cache that shares the memory of the first rows."""
-    view = copy.copy(cache)
-    view.keys = [k[:rows] for k in cache.keys]
-    view.values = [v[:rows] for v in cache.values]
-    return view
+def _equally_long(batch: Batch) -> Iterator[np.ndarray]:
+    """Indices of the sequences that bring 1 token to this step, then of those that bring 2, ..."""
+    lengths = batch.query_lens
+    for length in np.unique(lengths):
+        yield np.flatnonzero(lengths == length)

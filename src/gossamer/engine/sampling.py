@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -43,7 +44,12 @@ def sample(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 def require_finite(logits: Tensor) -> None:
     """Raise EngineError unless every row of logits [rows, vocab_size] has a likeliest token; some may be impossible."""
     if not bool(logits.amax(-1).isfinite().all()):  # NaN and +inf both reach the maximum
-        raise EngineError("the model's logits are not finite", hint="gossamer eval shows what its weights are worth")
+        raise_not_finite()
+
+
+def raise_not_finite() -> NoReturn:
+    """Raise the EngineError of logits from which no token can be taken."""
+    raise EngineError("the model's logits are not finite", hint="gossamer eval shows what its weights are worth")
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,10 @@ import torch
 
 from .. import settings
 from ..checkpoint import Checkpoint, Tokenizer, open_checkpoint
-from ..checkpoint.load import load_decoder
 from ..engine import isa_in_use
-from ..engine.llm import LLM, Weights
+from ..engine.backend import Activations, Backend, BackendName, Weights, choose, resolve
+from ..engine.llm import LLM
 from ..errors import GossamerError, MeasureError
-from ..model.decoder import Decoder
 from . import speed
 from .corpus import Corpus, check_contamination, load_corpus
 from .memory import peak_rss, read_usage
@@ -42,46 +41,53 @@ def evaluate_models(
     tokens: int | None,
     samples: int,
     weights: Weights,
+    backend: BackendName = "auto",
+    activations: Activations = "auto",
 ) -> list[dict[str, Any]]:
     """Judge models that share one tokenization (all of them the reference's, or a single model's own), side by side.
 
     For each model, in order: {"results": {...}} or {"error": {"kind", "message", "hint"}}.
     """
     torch.set_num_threads(settings.threads())
-    channel.fact("kernels", isa_in_use())
+    channel.fact("engine", _expected_engine(backend, weights))
     text, windows = load_corpus(corpus), WindowPlan(**plan)
     if text.sha256 != corpus_sha256:
         raise MeasureError(f"{corpus} changed while it was being measured on")
-    judge = _Judge(channel, text, windows, tokens, weights)
+    judge = _Judge(channel, text, windows, tokens, partial(_load, channel, backend, weights), activations)
     try:
         anchor = None if reference is None else judge.load_reference(reference)
     except GossamerError as error:
         return [_failure(error)] * len(models)
     answers: list[dict[str, Any]] = [{} for _ in models]
-    decoders: dict[int, Decoder] = {}
+    backends: dict[int, Backend] = {}
     for index, name in enumerate(models):
         try:
-            decoders[index] = judge.load(index, name)
+            backends[index] = judge.load(index, name)
             if samples:  # a broken chat template is found before the work, not after it
                 sample_prompts(judge.checkpoints[index].tokenizer(), 1)
         except GossamerError as error:
-            decoders.pop(index, None)
+            backends.pop(index, None)
             answers[index] = _failure(error)
-    if not decoders:
+    if not backends:
         return answers
-    outcomes = evaluate(list(decoders.values()), anchor, judge.ids, windows, partial(channel.progress, "judging"))
-    for done, (index, outcome) in enumerate(zip(decoders, outcomes, strict=True)):
-        channel.progress("answering", done, len(decoders))
+    outcomes = evaluate(list(backends.values()), anchor, judge.ids, windows, partial(channel.progress, "judging"))
+    for done, (index, outcome) in enumerate(zip(backends, outcomes, strict=True)):
+        channel.progress("answering", done, len(backends))
         try:
-            answers[index] = _answer(outcome, decoders[index], judge.checkpoints[index].tokenizer(), samples)
+            answers[index] = _answer(outcome, backends[index], judge.checkpoints[index].tokenizer(), samples)
         except GossamerError as error:
             answers[index] = _failure(error)
-    channel.progress("answering", len(decoders), len(decoders))
+    channel.progress("answering", len(backends), len(backends))
     return answers
 
 
 def bench_model(
-    channel: Channel, model: str, plan: dict[str, int], weights: Weights
+    channel: Channel,
+    model: str,
+    plan: dict[str, int],
+    weights: Weights,
+    backend: BackendName = "auto",
+    activations: Activations = "auto",
 ) -> Iterator[dict[str, Any] | None]:
     """Load a model, then one run for each value asked for (warm-up runs first), then the results as the last value.
 
@@ -89,7 +95,7 @@ def bench_model(
     the process's own, import to end.
     """
     shape = SpeedPlan(**plan)
-    channel.fact("kernels", isa_in_use())
+    channel.fact("engine", _expected_engine(backend, weights))
     speed.warm_libraries()
     began = time.perf_counter()
     checkpoint = open_checkpoint(model)
@@ -101,7 +107,9 @@ def bench_model(
     bare = read_usage(settle=True).rss
     del tokenizer  # the engine makes its own, in the place of this one
     began = time.perf_counter()
-    llm = LLM(checkpoint, weights, progress=loading(channel, checkpoint))
+    progress = loading(channel, checkpoint)
+    llm = LLM(checkpoint, weights, backend=backend, activations=activations, progress=progress)
+    channel.fact("engine", _engine(llm.backend))
     load_s = opening + time.perf_counter() - began
     loaded = read_usage(settle=True).rss
     yield None
@@ -129,43 +137,81 @@ def loading(channel: Channel, checkpoint: Checkpoint) -> Progress:
     return lambda label, done, total: channel.progress(f"{label} {checkpoint.name}", done, total)
 
 
+def _load(
+    channel: Channel, backend: BackendName, weights: Weights, checkpoint: Checkpoint, activations: Activations
+) -> Backend:
+    """A checkpoint in a backend. Raises as choose does."""
+    return choose(checkpoint, backend, weights, activations, progress=loading(channel, checkpoint))
+
+
+def _engine(backend: Backend) -> dict[str, Any]:
+    """What a record says about the engine: the arguments of `records.engine_block`."""
+    return {
+        "backend": backend.name,
+        "kernels": isa_in_use(),
+        "activations": backend.activations,
+        "kv_cache": backend.kv_dtype,
+    }
+
+
+def _expected_engine(backend: BackendName, weights: Weights) -> dict[str, Any]:
+    """The same as far as it is known before a model is opened, for the records of those that cannot be."""
+    return {"backend": resolve(None, backend, weights)[0], "kernels": isa_in_use()}
+
+
 class _Judge:
     """Opens and loads the models of one job, and holds the tokens [n] that all of them are judged on."""
 
-    def __init__(self, channel: Channel, corpus: Corpus, plan: WindowPlan, limit: int | None, weights: Weights) -> None:
-        self.channel, self.corpus, self.plan, self.limit, self.weights = channel, corpus, plan, limit, weights
+    def __init__(
+        self,
+        channel: Channel,
+        corpus: Corpus,
+        plan: WindowPlan,
+        limit: int | None,
+        load: Callable[[Checkpoint, Activations], Backend],
+        activations: Activations,
+    ) -> None:
+        self.channel, self.corpus, self.plan, self.limit = channel, corpus, plan, limit
+        self._load, self._activations = load, activations
         self.ids = torch.empty(0, dtype=torch.int64)
         self.checkpoints: dict[int, Checkpoint] = {}
-        self._reference: tuple[Checkpoint, Decoder] | None = None
+        self._reference: tuple[Checkpoint, Backend] | None = None
 
-    def load_reference(self, name: str) -> Decoder:
+    def load_reference(self, name: str) -> Backend:
         """Load what the others are compared with. Raises MeasureError, which is every model's."""
         try:
             checkpoint = open_checkpoint(name)
             self._tokenize(checkpoint)
-            decoder = self._decoder(checkpoint)
+            # Most references have no weights that int8 activations could meet.
+            backend = self._load(checkpoint, "auto" if self._activations == "int8" else self._activations)
         except GossamerError as error:
             raise MeasureError(f"reference {name}: {error.message}", hint=error.hint) from error
-        self._reference = checkpoint, decoder
+        self._reference = checkpoint, backend
         self.channel.fact("reference_fingerprint", checkpoint.fingerprint())
-        return decoder
+        return backend
 
-    def load(self, index: int, name: str) -> Decoder:
+    def load(self, index: int, name: str) -> Backend:
         """Load one model, after every check that needs no weights. Raises GossamerError."""
+        backend = self._checked(index, name)
+        self.channel.fact(f"engine {index}", _engine(backend))
+        return backend
+
+    def _checked(self, index: int, name: str) -> Backend:
+        """The model's backend, which is the reference's if the model is the reference."""
         checkpoint = self.checkpoints[index] = open_checkpoint(name)
         self.channel.fact(f"model {index}", model_block(checkpoint))
         tokenizer = self._tokenize(checkpoint)
         check_contamination(self.corpus, checkpoint.manifest, name, tokenizer.decode(self._judged().tolist()))
         if self._reference is not None:
-            other, decoder = self._reference
+            other, backend = self._reference
             if checkpoint.config.vocab_size != other.config.vocab_size:
                 raise MeasureError(
                     f"{name} knows {checkpoint.config.vocab_size} tokens, the reference {other.config.vocab_size}",
                     hint="divergence compares distributions over one vocabulary: leave --reference away",
                 )
             if checkpoint.fingerprint() == other.fingerprint():
-                return decoder
-        return self._decoder(checkpoint)
+                return backend
+        return self._load(checkpoint, self._activations)
 
     def _tokenize(self, checkpoint: Checkpoint) -> Tokenizer:
         """Tokens of the corpus by this model: those of the first stand for all. Raises MeasureError if they differ."""
@@ -200,10 +246,6 @@ class _Judge:
         """The tokens [n] of all complete windows, from the first to the end of the last."""
         return self.ids[: self.plan.starts(len(self.ids))[-1] + self.plan.context]
 
-    def _decoder(self, checkpoint: Checkpoint) -> Decoder:
-        progress = loading(self.channel, checkpoint)
-        return load_decoder(checkpoint, torch.float32, progress, packed=self.weights == "stored")
-
 
 def _failure(error: GossamerError) -> dict[str, Any]:
     """The answer for a model that failed; where from goes to stderr, for those who debug."""
@@ -211,7 +253,7 @@ def _failure(error: GossamerError) -> dict[str, Any]:
     return {"error": describe(error)}
 
 
-def _answer(outcome: Quality | MeasureError, decoder: Decoder, tokenizer: Tokenizer, samples: int) -> dict[str, Any]:
+def _answer(outcome: Quality | MeasureError, backend: Backend, tokenizer: Tokenizer, samples: int) -> dict[str, Any]:
     if isinstance(outcome, MeasureError):
         raise outcome
     return {
@@ -221,8 +263,9 @@ def _answer(outcome: Quality | MeasureError, decoder: Decoder, tokenizer: Tokeni
             "kld_mean": outcome.kld_mean,
             "kld_p99": outcome.kld_p99,
             "top1_agreement": outcome.top1_agreement,
+            "activation_kld": outcome.activation_kld,
             "seconds": outcome.seconds,
             "tokens_per_second": outcome.tokens_read / outcome.seconds,
-            "samples": sample_texts(decoder, tokenizer, samples),
+            "samples": sample_texts(backend, tokenizer, samples),
         }
     }

@@ -8,23 +8,26 @@ in float32 with sums in float64:
     perplexity        exp of the mean negative log-likelihood of the token that is there
     KL divergence     sum p_reference * (log p_reference - log p_model), mean and 99th percentile
     top-1 agreement   share of tokens where both models think the same token likeliest
+    activation KLD    mean KL divergence from the same weights with exact activations, where the backend rounds them
 
-Knows decoders and token ids; knows no files, tokenizers or processes. At most CHUNK rows of logits exist at a time.
+Knows backends and token ids; knows no files, tokenizers or processes. At most CHUNK rows of logits exist at a time.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..engine import runner
+from ..engine.backend import Backend, Batch, blocks_for
 from ..errors import MeasureError
-from ..model.decoder import Decoder
 from .plans import WindowPlan
 
 CHUNK = 64
@@ -45,6 +48,8 @@ class Quality:
     kld_mean: float | None = None
     kld_p99: float | None = None
     top1_agreement: float | None = None
+    activation_kld: float | None = None
+    """None where activations are exact."""
 
     @property
     def perplexity(self) -> float:
@@ -52,8 +57,8 @@ class Quality:
 
 
 def evaluate(
-    models: Sequence[Decoder],
-    reference: Decoder | None,
+    models: Sequence[Backend],
+    reference: Backend | None,
     tokens: Tensor,
     plan: WindowPlan,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -61,10 +66,13 @@ def evaluate(
     """Judge models on tokens [n] beside one reference, whose forward pass is computed once for all of them.
 
     A model that yields NaN or infinity gives a MeasureError in its place and the others go on; a reference that does,
-    or a text shorter than one window, raises it. A model that *is* the reference is computed once.
+    or a text shorter than one window, raises it. A model that *is* the reference is computed once. What the backends
+    have cached is lost. Raises DoesNotFit if a window does not fit their caches.
     """
     plan.check(len(tokens))
     starts = plan.starts(len(tokens))
+    for backend in dict.fromkeys([*models, *([] if reference is None else [reference])]):
+        backend.reserve(blocks_for(plan.context))
     anchor = None if reference is None else _Scorer(reference)
     scorers = [anchor if anchor is not None and model is reference else _Scorer(model) for model in models]
     for done, start in enumerate(starts):
@@ -74,30 +82,36 @@ def evaluate(
 
 
 class _Scorer:
-    """One decoder, the time it took, and what it scored so far."""
+    """One model, the time it took, and what it scored so far."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
         self.tokens_read = 0
         self.seconds = 0.0
         self.error: MeasureError | None = None
         self.states = torch.empty(0)
+        self.exact_states: Tensor | None = None
+        """The same with exact activations, where the backend rounds them."""
         # Numbers, not tensors: small tensors that stay, between large ones that go, tear holes into the heap.
         self.nll: list[float] = []
         self.kld: list[float] = []
         self.agreed: list[bool] = []
+        self.activation_kld: list[float] = []
 
     def read(self, window: Tensor, scored: int) -> None:
         """Run the blocks over a window [context]; keep the states [scored, hidden_size] of the positions to score."""
         began = time.perf_counter()
-        self.states = hidden_states(self.decoder, window, scored)
+        self.states = hidden_states(self.backend, window, scored)
         self.seconds += time.perf_counter() - began
         self.tokens_read += len(window)
+        if self.backend.activations == "int8":
+            with _exact_activations(self.backend):
+                self.exact_states = hidden_states(self.backend, window, scored)
 
     def predict(self, rows: slice) -> Tensor:
         """Log-probabilities [rows, vocab_size] of the window that was read."""
         began = time.perf_counter()
-        logp = log_probabilities(self.decoder, self.states[rows])
+        logp = log_probabilities(self.backend, self.states[rows])
         self.seconds += time.perf_counter() - began
         return logp
 
@@ -105,8 +119,15 @@ class _Scorer:
         """Score log-probabilities [rows, vocab_size] against targets [rows] and against the reference's, if any."""
         self.nll += (-logp.gather(1, targets.unsqueeze(1)).squeeze(1)).tolist()
         if truth is not None:
-            self.kld += (truth.exp() * (truth - logp)).sum(-1, dtype=torch.float64).tolist()
+            self.kld += divergence(truth, logp).tolist()
             self.agreed += (logp.argmax(-1) == truth.argmax(-1)).tolist()
+
+    def add_exact(self, logp: Tensor, rows: slice) -> None:
+        """Score the same rows against those of exact activations, if there are such."""
+        if self.exact_states is not None:
+            with _exact_activations(self.backend):
+                exact = log_probabilities(self.backend, self.exact_states[rows])
+            self.activation_kld += divergence(exact, logp).tolist()
 
     def outcome(self) -> Quality | MeasureError:
         if self.error is not None:
@@ -114,16 +135,15 @@ class _Scorer:
         mean = float(np.mean(self.nll))
         if mean > LARGEST_NLL:
             return MeasureError(f"mean negative log-likelihood {mean:.4g}: the perplexity is past every float")
-        if not self.kld:
-            return Quality(mean, len(self.nll), self.tokens_read, self.seconds)
         return Quality(
             nll=mean,
             tokens_scored=len(self.nll),
             tokens_read=self.tokens_read,
             seconds=self.seconds,
-            kld_mean=float(np.mean(self.kld)),
-            kld_p99=float(np.quantile(self.kld, 0.99)),
-            top1_agreement=float(np.mean(self.agreed)),
+            kld_mean=_mean(self.kld),
+            kld_p99=float(np.quantile(self.kld, 0.99)) if self.kld else None,
+            top1_agreement=_mean(self.agreed),
+            activation_kld=_mean(self.activation_kld),
         )
 
 
@@ -142,18 +162,52 @@ def _score_window(scorers: Sequence[_Scorer], anchor: _Scorer | None, window: Te
             try:
                 logp = truth if scorer is anchor and truth is not None else scorer.predict(rows)
                 scorer.add(logp, truth, targets[rows])
+                scorer.add_exact(logp, rows)
             except MeasureError as error:
                 scorer.error = error
 
 
-def hidden_states(decoder: Decoder, window: Tensor, scored: int) -> Tensor:
-    """Hidden states [scored, hidden_size] from which the last `scored` tokens of window [context] are predicted."""
-    return decoder.hidden(window.unsqueeze(0))[0, -scored - 1 : -1]
+def hidden_states(backend: Backend, window: Tensor, scored: int) -> Tensor:
+    """Hidden states [scored, hidden_size] from which the last `scored` tokens of window [context] are predicted.
+
+    The window is read into the backend's first blocks, in the chunks in which the engine reads prompts.
+    """
+    tokens = window.numpy().astype(np.int32)
+    table = np.arange(blocks_for(len(tokens)), dtype=np.int32)[None]
+    first = len(tokens) - scored - 1  # the position from which the first scored token is predicted
+    parts = []
+    for start in range(0, len(tokens), runner.CHUNK):
+        stop = min(start + runner.CHUNK, len(tokens))
+        rows = np.arange(max(first, start), min(stop, len(tokens) - 1), dtype=np.int32) - start
+        ends = np.array([0, stop - start], np.int32), np.array([stop], np.int32)
+        parts.append(backend.hidden(Batch(tokens[start:stop], *ends, table, rows)))
+    return torch.cat(parts)
 
 
-def log_probabilities(decoder: Decoder, states: Tensor) -> Tensor:
+def log_probabilities(backend: Backend, states: Tensor) -> Tensor:
     """Log-probabilities float32 [rows, vocab_size] from states [rows, hidden_size]. Raises MeasureError on NaN."""
-    logits = decoder.logits(states)
+    logits = backend.head(states)
     if not torch.isfinite(logits).all():
         raise MeasureError("the model's logits are not finite: NaN or infinity")
     return logits.log_softmax(-1)
+
+
+def divergence(truth: Tensor, logp: Tensor) -> Tensor:
+    """KL divergence float64 [rows] of log-probabilities [rows, vocab_size] from the true ones."""
+    return (truth.exp() * (truth - logp)).sum(-1, dtype=torch.float64)
+
+
+@contextmanager
+def _exact_activations(backend: Backend) -> Iterator[None]:
+    """The backend with exact activations, for as long as this lasts."""
+    before = backend.activations
+    backend.activations = "exact"
+    try:
+        yield
+    finally:
+        backend.activations = before
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """None where there is nothing to average."""
+    return float(np.mean(values)) if values else None

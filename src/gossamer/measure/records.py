@@ -103,9 +103,23 @@ def unknown_model_block(name: str) -> Record:
     return {"name": name, **dict.fromkeys((*facts, *numbers))}
 
 
-def engine_block(dtype: str = "float32", backend: str = "reference", kernels: str | None = None) -> Record:
-    """What a record says about Gossamer's own engine; `kernels` names their instruction set, None where unknown."""
-    return {"name": "gossamer", "backend": backend, "version": __version__, "dtype": dtype, "kernels": kernels}
+def engine_block(
+    dtype: str = "float32",
+    backend: str | None = "reference",
+    kernels: str | None = None,
+    activations: str | None = None,
+    kv_cache: str | None = None,
+) -> Record:
+    """What a record says about Gossamer's own engine; `kernels` names their instruction set. None: unknown."""
+    return {
+        "name": "gossamer",
+        "backend": backend,
+        "version": __version__,
+        "dtype": dtype,
+        "kernels": kernels,
+        "activations": activations,
+        "kv_cache": kv_cache,
+    }
 
 
 def machine_block(threads: int | None = None) -> Record:

@@ -8,7 +8,7 @@ runs alone after them, and its protocol says so. Knows no command line, and no t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from .records import Kind, Record, engine_block, make_record, unknown_model_bloc
 from .worker import Job, Progress, Worker, WorkerError
 
 if TYPE_CHECKING:
-    from ..engine.llm import Weights
+    from ..engine.backend import Activations, BackendName, Weights
 
 ENGINES = ("gossamer",)
 
@@ -36,7 +36,9 @@ class EvalRequest:
     reference: str | None = None
     tokens: int | None = None
     samples: int = 3
-    weights: Weights = "float"
+    weights: Weights = "stored"
+    backend: BackendName = "auto"
+    activations: Activations = "auto"
     threads: int | None = None
 
 
@@ -68,7 +70,7 @@ def _evaluate_group(models: Sequence[str], request: EvalRequest, progress: Progr
             _eval_protocol(request, facts),
             answer,
             request.threads,
-            facts.get("kernels"),
+            facts.get(f"engine {index}") or facts.get("engine"),
         )
 
 
@@ -92,6 +94,8 @@ def _evaluate_together(
             "tokens": request.tokens,
             "samples": request.samples,
             "weights": request.weights,
+            "backend": request.backend,
+            "activations": request.activations,
         },
         request.threads,
     )
@@ -115,6 +119,8 @@ def _eval_protocol(request: EvalRequest, facts: dict[str, Any]) -> dict[str, Any
         "reference_fingerprint": facts.get("reference_fingerprint"),
         "samples": request.samples,
         "weights": request.weights,
+        "backend": request.backend,
+        "activations": request.activations,
         "threads": _threads(request.threads),
     }
 
@@ -125,31 +131,34 @@ def bench_models(
     progress: Progress,
     weights: Weights = "stored",
     threads: int | None = None,
+    backend: BackendName = "auto",
+    activations: Activations = "auto",
 ) -> Iterator[Record]:
     """One bench record for each model, in order: loaded one after another, then run in turns."""
-    protocol = {**asdict(plan), "weights": weights, "threads": _threads(threads)}
-    for racer in _race(models, plan, progress, weights, threads):
+    asked = {"weights": weights, "backend": backend, "activations": activations}
+    protocol = {**asdict(plan), **asked, "threads": _threads(threads)}
+    for racer in _race(models, plan, progress, asked, threads):
         alone = racer.crowded_out
-        ran = _race([racer.model], plan, progress, weights, threads)[0] if alone else racer
+        ran = _race([racer.model], plan, progress, asked, threads)[0] if alone else racer
         yield _record(
             "bench",
             ran.facts.get("model") or unknown_model_block(ran.model),
             {**protocol, "turns": "alone"} if alone else protocol,
             ran.answer,
             threads,
-            ran.facts.get("kernels"),
+            ran.facts.get("engine"),
         )
 
 
 def _race(
-    models: Sequence[str], plan: SpeedPlan, progress: Progress, weights: Weights, threads: int | None
+    models: Sequence[str], plan: SpeedPlan, progress: Progress, asked: Mapping[str, str], threads: int | None
 ) -> list[_Racer]:
     """Models that have run in turns, one repetition each, all of them loaded; none is alive any more."""
     runs = plan.warmup + plan.repetitions
     with ExitStack() as stack:
         racers: list[_Racer] = []
         for model in models:
-            arguments = {"model": model, "plan": asdict(plan), "weights": weights}
+            arguments = {"model": model, "plan": asdict(plan), **asked}
             worker = stack.enter_context(Worker(Job("gossamer.measure.jobs:bench_model", arguments, threads), progress))
             racers.append(_Racer(model, worker))
             racers[-1].step(racers)  # loads
@@ -195,13 +204,13 @@ def _record(
     protocol: dict[str, Any],
     answer: dict[str, Any],
     threads: int | None,
-    kernels: str | None,
+    engine: dict[str, Any] | None,
 ) -> Record:
     error = answer.get("error")
     return make_record(
         kind,
         model=model,
-        engine=engine_block(kernels=kernels),
+        engine=engine_block(**(engine or {"backend": None})),
         protocol=protocol,
         results=answer.get("results"),
         error=None if error is None else f"{error['kind']}: {error['message']}" + _parenthesis(error["hint"]),

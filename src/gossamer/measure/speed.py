@@ -2,7 +2,8 @@
 
 One run: `batch` prompts of `prompt_tokens` ordinary tokens are read together (its end is the time to first token),
 then each is continued greedily, end tokens ignored, to `output_tokens`. Every run has prompts of its own, from a seed,
-so that nothing remembered of an earlier run helps a later one. The KV cache is allocated inside the timed part.
+so that nothing remembered of an earlier run helps a later one. Prompts are read in the chunks that the engine makes of
+them. The KV cache is reserved inside the timed part; like the engine's, it stays for the next run.
 
     prefill tokens/s = batch * prompt_tokens / time to first token
     decode tokens/s  = batch * (output_tokens - 1) / time from the first token to the last
@@ -24,7 +25,8 @@ import torch
 from .. import settings
 from ..checkpoint import Tokenizer
 from ..engine import LLM
-from ..engine.reference import Batch
+from ..engine.reference import ReferenceBackend
+from ..engine.runner import KVPool, Rows
 from ..model.config import LayerConfig, ModelConfig, Rope
 from ..model.decoder import Decoder
 from .memory import read_usage
@@ -50,9 +52,8 @@ def warm_libraries() -> None:
     config = ModelConfig("llama", 8, 8, (LayerConfig(1, 1, 8, 8),), 1e-5, Rope(), "silu", True, 8)
     with torch.device("meta"):
         Decoder(config)
-    batch = Batch(Decoder(config), [[0, 1]], 3)
-    batch.prefill()
-    batch.step([2])
+    with Rows(KVPool(ReferenceBackend(Decoder(config))), [[0, 1]], [3]) as rows:
+        _continue(rows, 2)
 
 
 def ordinary_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -69,33 +70,40 @@ def make_prompts(ordinary: Sequence[int], plan: SpeedPlan, seed: int) -> list[li
 def time_run(llm: LLM, prompts: Sequence[Sequence[int]], plan: SpeedPlan) -> Timing:
     """One run on the clock."""
     began = time.perf_counter()
-    batch = Batch(llm.decoder, prompts, plan.prompt_tokens + plan.output_tokens)
-    first = _run(batch, plan)
-    return Timing(first - began, time.perf_counter() - first)
+    with _rows(llm, prompts, plan) as rows:
+        first = _continue(rows, plan.output_tokens)
+        return Timing(first - began, time.perf_counter() - first)
 
 
 def kv_bytes_per_token(llm: LLM, prompts: Sequence[Sequence[int]], plan: SpeedPlan) -> tuple[int, str]:
     """Bytes of KV cache for each token of context, and where the number is from: "measured" or "computed".
 
     Measured: growth of RSS from before a run to its end, its cache still alive, over the tokens in it. Where that
-    drowns in the noise of the process, the size is computed from the model's shape (float32), and says so.
+    drowns in the noise of the process, or the backend keeps its memory, the size is the one that the backend states.
     """
+    llm.pool.release()
     before = read_usage(settle=True).rss
-    batch = Batch(llm.decoder, prompts, plan.prompt_tokens + plan.output_tokens)
-    _run(batch, plan)
-    growth = read_usage(settle=True).rss - before
-    held = sum(batch.lengths)
+    with _rows(llm, prompts, plan) as rows:
+        _continue(rows, plan.output_tokens)
+        growth = read_usage(settle=True).rss - before
+        held = sum(rows.lengths)
     if growth < PAGE_NOISE:
-        return 4 * llm.config.kv_elements_per_token(), "computed"
+        return round(llm.backend.kv_bytes_per_token), "computed"
     return round(growth / held), "measured"
 
 
-def _run(batch: Batch, plan: SpeedPlan) -> float:
-    """Read the prompts and continue them; the moment at which the first tokens were there."""
-    tokens = batch.prefill().argmax(-1).tolist()
+def _rows(llm: LLM, prompts: Sequence[Sequence[int]], plan: SpeedPlan) -> Rows:
+    """Rows for one run, nothing of them read yet."""
+    return Rows(llm.pool, prompts, [plan.prompt_tokens + plan.output_tokens] * len(prompts))
+
+
+def _continue(rows: Rows, count: int) -> float:
+    """Read the rows and continue each greedily by `count` tokens; the moment at which the first ones were there."""
+    tokens = rows.argmax().tolist()
     first = time.perf_counter()
-    for _ in range(plan.output_tokens - 1):
-        tokens = batch.step(tokens).argmax(-1).tolist()
+    for _ in range(count - 1):
+        rows.append(tokens)
+        tokens = rows.argmax().tolist()
     return first
 
 

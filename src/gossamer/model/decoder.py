@@ -7,7 +7,7 @@ Knows shapes and arithmetic; knows nothing of files, requests or schedules. Line
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,17 @@ class RMSNorm(nn.Module):
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight * wide.to(x.dtype)
+
+
+class Cache(Protocol):
+    """Where a Decoder keeps keys and values."""
+
+    def store(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k, v [batch, time, num_kv_heads, head_dim] of tokens at `positions` [batch, time].
+
+        Returns all keys and values [batch, num_kv_heads, past, head_dim], each at its position.
+        """
+        ...
 
 
 class KVCache:
@@ -68,7 +79,7 @@ class Block(nn.Module):
     def linear(self, role: str, x: Tensor) -> Tensor:
         return cast(Tensor, getattr(self, role)(x))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, cache: KVCache | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, rotation: Rotation, cache: Cache | None) -> Tensor:
         """Causal grouped-query attention: q [batch, time, q_size], k and v [batch, time, kv_size] -> [.., q_size]."""
         batch, time, _ = q.shape
         c = self.layer
@@ -99,7 +110,7 @@ class Block(nn.Module):
         )
         return mixed.view(batch, c.num_heads, time, head_dim)
 
-    def mix(self, a: Tensor, rotation: Rotation, cache: KVCache | None = None) -> Tensor:
+    def mix(self, a: Tensor, rotation: Rotation, cache: Cache | None = None) -> Tensor:
         """Input of `o` [batch, time, q_size] from the normed input a [batch, time, hidden]."""
         return self.attend(self.linear("q", a), self.linear("k", a), self.linear("v", a), rotation, cache)
 
@@ -107,7 +118,7 @@ class Block(nn.Module):
         """Input of `down` [batch, time, ffn_width] from the normed input f [batch, time, hidden]."""
         return activate(self.activation, self.linear("gate", f)) * self.linear("up", f)
 
-    def forward(self, x: Tensor, rotation: Rotation, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation, cache: Cache | None = None) -> Tensor:
         h = x + self.linear("o", self.mix(self.attn_norm(x), rotation, cache))
         return h + self.linear("down", self.gated(self.ffn_norm(h)))
 
@@ -133,7 +144,7 @@ class Decoder(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
         positions: Tensor | None = None,
         last_only: bool = False,
     ) -> Tensor:
@@ -142,7 +153,7 @@ class Decoder(nn.Module):
         return self.logits(x[:, -1:] if last_only else x)
 
     @torch.inference_mode()
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, positions: Tensor | None = None) -> Tensor:
         """Hidden states [batch, time, hidden_size] before the final norm.
 
         With a cache, keys and values are stored at `positions` and a token sees every stored position up to its own,

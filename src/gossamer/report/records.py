@@ -111,13 +111,17 @@ class Layer(_Part):
 
 
 class EvalResults(_Part):
-    """Quality. KL divergence in nats per token; `top1_agreement` a fraction."""
+    """Quality. KL divergence in nats per token; `top1_agreement` a fraction.
+
+    `activation_kld` is what rounding activations adds: from the same weights with exact ones.
+    """
 
     perplexity: float | None = None
     nll: float | None = None
     kld_mean: float | None = None
     kld_p99: float | None = None
     top1_agreement: Annotated[float, Field(ge=0, le=1)] | None = None
+    activation_kld: float | None = None
     samples: tuple[Sample, ...] = Field(default=(), strict=False)
 
 

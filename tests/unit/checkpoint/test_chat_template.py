@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -203,3 +204,55 @@ def test_a_forked_child_has_workers_of_its_own() -> None:
     assert os.read(read, 1) == b"1"
     assert [worker._process.pid for worker in chat_template._POOL._idle] == before
     assert render("parent", {}) == "parent"
+
+
+@pytest.fixture
+def empty_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[chat_template._Pool]:
+    pool = chat_template._Pool()
+    monkeypatch.setattr(chat_template, "_POOL", pool)
+    yield pool
+    pool.close()
+
+
+def test_a_prepared_worker_is_the_one_that_renders(empty_pool: chat_template._Pool) -> None:
+    chat_template.prepare()
+    chat_template.prepare()
+    (worker,) = empty_pool._idle
+    assert render("{{ 1 + 1 }}", {}) == "2"
+    assert empty_pool._idle == [worker]
+
+
+def test_a_prepared_worker_that_died_is_replaced(empty_pool: chat_template._Pool) -> None:
+    chat_template.prepare()
+    (worker,) = empty_pool._idle
+    worker._process.kill()
+    worker._process.wait()
+    assert render("fine", {}) == "fine"
+    assert worker not in empty_pool._idle
+
+
+def test_a_worker_that_cannot_start_is_an_error_when_it_is_needed(
+    empty_pool: chat_template._Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    chat_template.prepare()
+    for _ in range(chat_template.WORKERS + 1):
+        with pytest.raises(ChatTemplateError, match="does not start"):
+            render("fine", {})
+    monkeypatch.setattr(sys, "executable", "/absent/python")
+    chat_template.prepare()
+    with pytest.raises(OSError, match="absent"):
+        render("fine", {})
+
+
+def test_no_more_workers_are_prepared_than_there_are_places(empty_pool: chat_template._Pool) -> None:
+    for _ in range(chat_template.WORKERS):
+        empty_pool._places.acquire()
+    chat_template.prepare()
+    assert empty_pool._idle == []
+
+
+def test_chat_templates_load_no_torch() -> None:
+    code = "import sys; from gossamer.checkpoint import chat_template; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "tokenizers"} & set(done.stdout.split())

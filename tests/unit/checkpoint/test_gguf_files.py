@@ -16,6 +16,7 @@ import torch
 from gossamer.checkpoint import gguf_header, open_checkpoint
 from gossamer.checkpoint.files import RandomAccessFile
 from gossamer.checkpoint.gguf import GGMLBlocks, llama3_factors
+from gossamer.checkpoint.gguf_blocks import TYPES
 from gossamer.checkpoint.gguf_header import read_header
 from gossamer.checkpoint.open import packaged_gguf
 from gossamer.errors import CheckpointError, CorruptCheckpoint, UnsupportedModel
@@ -431,3 +432,20 @@ def test_smollm2_has_the_tensors_that_the_gguf_package_dequantizes() -> None:
             expected = unpermute(expected)
         assert np.array_equal(checkpoint.tensor(f"{ours}.weight").numpy(), expected)
         assert np.array_equal(checkpoint.tensor(f"{ours}.weight", slice(70, 133)).numpy(), expected[70:133])
+
+
+def test_the_table_of_block_types_is_that_of_the_gguf_package() -> None:
+    assert {int(kind): (kind.name, *sizes) for kind, sizes in gguf.GGML_QUANT_SIZES.items()} == TYPES
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
+def test_strings_are_the_same_wherever_the_header_is_cut_into_pieces(
+    tmp_path: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    tiny.gguf(tmp_path / "m.gguf", layers=1)
+    whole, _ = read_header(RandomAccessFile(tmp_path / "m.gguf"))
+    monkeypatch.setattr(gguf_header, "_CHUNK", chunk)
+    pieces, _ = read_header(RandomAccessFile(tmp_path / "m.gguf"))
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
+        assert pieces.texts(key) == whole.texts(key)
+    assert whole.texts("tokenizer.ggml.tokens") == list(tiny.vocab)

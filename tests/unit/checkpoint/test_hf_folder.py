@@ -539,3 +539,25 @@ def test_a_mistral_without_a_window_has_the_one_of_transformers(
         return
     with pytest.raises(UnsupportedModel, match=r"config\.json: sliding_window 4096.*(without the key)?.*positions"):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_tensor_is_the_callers_own_and_as_it_is_in_the_file(tmp_path: Path, tiny: Any, pickled: bool) -> None:
+    folder = tiny.folder(tmp_path / "m")
+    if pickled:
+        torch.save(tiny.tensors(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    checkpoint = open_checkpoint(folder, allow_pickle=pickled)
+    for name, expected in tiny.tensors().items():
+        for rows in (None, slice(1, 3), slice(2, 2)):
+            tensor = checkpoint.tensor(name, rows, dtype=expected.dtype)
+            assert torch.equal(tensor, expected if rows is None else expected[rows])
+            assert tensor.is_contiguous()
+            tensor.fill_(7)
+        assert torch.equal(checkpoint.tensor(name, dtype=expected.dtype), expected)
+
+
+def test_the_tokenizer_is_made_once(tmp_path: Path, tiny: Any) -> None:
+    tiny.gguf(tmp_path / "m.gguf")
+    for checkpoint in (open_checkpoint(tiny.folder(tmp_path / "m")), open_checkpoint(tmp_path / "m.gguf")):
+        assert checkpoint.tokenizer() is checkpoint.tokenizer()

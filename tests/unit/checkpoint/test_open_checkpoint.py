@@ -251,3 +251,22 @@ def test_a_pipe_with_the_name_of_a_model_is_not_waited_for(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "m" / "model.gguf")
     with pytest.raises(CorruptCheckpoint, match="not a regular file"):
         open_checkpoint(tmp_path / "m")
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_opening_encoding_and_reading_load_no_library_that_is_slow_to_import(
+    tmp_path: Path, tiny: Any, kind: str
+) -> None:
+    model = tmp_path / f"m.{kind}"
+    if kind == "folder":
+        tiny.folder(model)
+    else:
+        tiny.gguf(model, kind="Q4_1")
+    code = (
+        "import sys; from gossamer.checkpoint import open_checkpoint; c = open_checkpoint(sys.argv[1]);"
+        "c.tokenizer().chat([{'role': 'user', 'content': 'hello'}]); [c.tensor(name) for name in c.names()];"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(model)], capture_output=True, text=True, check=True)
+    slow = {"transformers", "gguf", "huggingface_hub", "compressed_tensors", "jinja2", "torch._dynamo", "sympy"}
+    assert slow & set(done.stdout.split()) == set()

@@ -60,6 +60,8 @@ def test_eval_prints_a_table_with_its_protocol(
     printed = capsys.readouterr()
     assert "perplexity" in printed.out
     assert "96 tokens scored in 4 windows of 48, the last 24 of each, stride 48" in printed.out
+    assert "stored weights, " in printed.out
+    assert " backend (" in printed.out
     assert "Why is the sky blue?" in printed.out
     assert "judging: 4/4" in printed.err
 
@@ -142,6 +144,8 @@ def test_a_table_says_where_the_weights_of_a_converted_model_come_from(capsys: p
         (["eval", "m", "--engine", "gosamer"], "did you mean 'gossamer'"),
         (["bench", "m", "--engine", "vllm"], "unknown engine 'vllm'"),
         (["bench", "m", "--weights", "floats"], "'floats'"),
+        (["bench", "m", "--backend", "gpu"], "'gpu'"),
+        (["eval", "m", "--activations", "int4"], "'int4'"),
         (["eval", "m", "--corpus", "wikitext"], "did you mean 'wikitext2'"),
         (["eval", "m", "--context", "16", "--scored", "16"], "cannot score 16 tokens of a window of 16"),
         (["bench", "m", "--batch", "1,x"], "'1,x' is not a list of numbers"),

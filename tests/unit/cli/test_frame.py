@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import typer
 
 from gossamer import __version__
 from gossamer.cli import _app, _console, main
+from gossamer.cli._imports import importing
 from gossamer.errors import DoesNotFit, UsageError
 
 
@@ -330,3 +332,40 @@ def test_a_terminal_shows_the_time_left_even_of_slow_steps_and_labels_as_they_ar
 def test_the_console_shows_brackets_and_colons_as_they_are(capsys):
     _console.console().print("c[/b] [bold]x :smile:")
     assert capsys.readouterr().err == "c[/b] [bold]x :smile:\n"
+
+
+def test_what_is_imported_is_kept_from_the_garbage_collector():
+    frozen = gc.get_freeze_count()
+    with contextlib.suppress(ImportError), importing():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > frozen
+    gc.unfreeze()
+    gc.disable()
+    try:
+        with importing():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_a_request_that_is_wrong_is_refused_before_torch_is_loaded():
+    code = (
+        "import sys; from gossamer.cli import main;"
+        "wrong = [''], ['hi', '--temperature', '-1'], ['hi', '--min-p', '2'];"
+        "print(*(main(['run', 'smollm2', *rest]) for rest in wrong), *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    words = done.stdout.split()
+    assert words[:3] == ["2", "2", "2"]
+    assert not {"torch", "numpy", "tokenizers"} & set(words)
+
+
+def test_run_loads_no_library_that_is_slow_to_import(tiny_model):
+    code = "import sys; from gossamer.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", code, "run", str(tiny_model), "hello", "--max-tokens", "2", "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    slow = {"transformers", "gguf", "huggingface_hub", "compressed_tensors", "jinja2", "plotly", "rich", "yaml"}
+    assert slow & set(done.stderr.split()) == set()

@@ -12,7 +12,7 @@ import torch
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.load import resident_bytes
 from gossamer.cli import chat, main
-from gossamer.engine import LLM, SamplingParams, Token
+from gossamer.engine import LLM, SamplingParams, Token, isa_in_use
 from gossamer.errors import ChatTemplateError, DoesNotFit, EngineError
 
 SHORT = ["--max-tokens", "8"]
@@ -30,6 +30,23 @@ def test_run_prints_the_answer_on_stdout_and_the_rest_on_stderr(tiny_model, expe
     out, err = capsys.readouterr()
     assert out == expected.text + "\n"
     assert f"{expected.prompt_tokens} + {len(expected.tokens)} tokens" in err
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_the_backend_and_why_it_was_taken_are_a_remark(tiny_model, capsys, monkeypatch, command):
+    prompt = ["hello"] if command == "run" else []
+    type_lines(monkeypatch)
+    assert main([command, str(tiny_model), *prompt, *SHORT, "--backend", "reference"]) == 0
+    assert f"backend reference ({isa_in_use()}, exact activations): as asked" in capsys.readouterr().err
+    type_lines(monkeypatch)
+    assert main([command, str(tiny_model), *prompt, *SHORT, "--weights", "float"]) == 0
+    assert ": weights are expanded to floats" in capsys.readouterr().err
+
+
+def test_a_backend_that_cannot_be_had_is_an_error(tiny_model, capsys):
+    assert main(["run", str(tiny_model), "hello", "--backend", "cpu", "--weights", "float"]) == 1
+    assert "the cpu backend cannot be had" in capsys.readouterr().err
+    assert main(["run", str(tiny_model), "hello", "--backend", "gpu"]) == 2
 
 
 def test_run_quiet_says_nothing_else(tiny_model, expected, capsys):
@@ -112,7 +129,7 @@ def test_what_does_not_fit_beside_the_weights_is_refused_before_they_are_loaded(
     enough = resident_bytes(open_checkpoint(tiny_model), torch.float32, packed=True)
     monkeypatch.setattr("gossamer.checkpoint.memory.available_memory", lambda: enough + 100)
     monkeypatch.setattr("gossamer.engine.llm.available_memory", lambda: enough + 100)
-    monkeypatch.setattr("gossamer.engine.llm.load_decoder", None)
+    monkeypatch.setattr("gossamer.engine.llm.choose", None)
     prompt = ["hello"] if command == "run" else []
     assert main([command, str(tiny_model), *prompt, *SHORT]) == 1
     err = capsys.readouterr().err

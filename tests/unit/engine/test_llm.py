@@ -7,9 +7,10 @@ import torch
 
 from gossamer.checkpoint import Tokenizer, memory, open_checkpoint
 from gossamer.checkpoint.load import load_decoder, resident_bytes
-from gossamer.engine import LLM, SamplingParams, isa_in_use, reference, sampling_bytes
+from gossamer.engine import LLM, SamplingParams, isa_in_use, reference, runner, sampling_bytes
 from gossamer.engine import llm as llm_module
-from gossamer.errors import DoesNotFit, EngineError, UnknownName
+from gossamer.engine.backend import BLOCK_SIZE, cache_bytes
+from gossamer.errors import DoesNotFit, EngineError
 from gossamer.formats.linear import DenseLinear, PackedLinear
 
 PROMPTS = ["a", "The quick brown fox jumps over the lazy dog", "hello", "0123456789" * 4, "xyz"]
@@ -22,14 +23,14 @@ def llm(tiny_model):
 
 @pytest.fixture(scope="module")
 def packed(tiny_packed):
-    return LLM(tiny_packed)
+    return LLM(tiny_packed, backend="reference")
 
 
 def by_hand(llm: LLM, prompt: str, count: int) -> list[int]:
     """Greedy decoding without cache, batch or chunks: the whole text through the decoder for every token."""
     tokens = llm.tokenizer.encode(prompt)
     for _ in range(count):
-        tokens.append(int(llm.decoder(torch.tensor([tokens]))[0, -1].argmax()))
+        tokens.append(int(llm.backend.decoder(torch.tensor([tokens]))[0, -1].argmax()))
         if tokens[-1] in llm.tokenizer.eos_ids:
             break
     return tokens[len(llm.tokenizer.encode(prompt)) :]
@@ -59,10 +60,53 @@ def test_small_waves_change_nothing(llm, tiny_model):
 
 
 def test_chunks_of_a_prompt_change_nothing(llm, monkeypatch):
-    whole = reference.Batch(llm.decoder, [list(range(3, 43)), [5, 6, 7]], 48).prefill()
-    monkeypatch.setattr(reference, "CHUNK", 7)
-    chunked = reference.Batch(llm.decoder, [list(range(3, 43)), [5, 6, 7]], 48).prefill()
-    assert (whole - chunked).abs().max() < 1e-4
+    prompts = [list(range(3, 43)), [5, 6, 7], [9] * 30]
+    whole = logits_after(llm, prompts)
+    for chunk, tokens in ((7, 2048), (512, 16), (7, 9), (1, 1)):
+        monkeypatch.setattr(runner, "CHUNK", chunk)
+        monkeypatch.setattr(runner, "CHUNK_TOKENS", tokens)
+        assert (whole - logits_after(llm, prompts)).abs().max() < 1e-4
+
+
+def logits_after(llm: LLM, prompts: list[list[int]]) -> torch.Tensor:
+    with runner.Rows(llm.pool, prompts, [len(p) for p in prompts]) as rows:
+        return rows.forward()
+
+
+def test_a_finished_answer_gives_its_blocks_back(llm):
+    llm.generate(PROMPTS, SamplingParams(max_tokens=3))
+    assert llm.pool.free == llm.pool.size > 0
+    for token in llm.stream("hello"):  # and so does one that is not wanted any more
+        assert token.id >= 0
+        assert llm.pool.free < llm.pool.size
+        break
+    assert llm.pool.free == llm.pool.size
+
+
+def test_two_streams_at_once_are_what_they_are_alone(tiny_model):
+    llm = LLM(tiny_model, "float")
+    first, second = SamplingParams(12, 1.0, seed=3, ignore_eos=True), SamplingParams(30, ignore_eos=True)
+    alone = [[t.id for t in llm.stream(p, q)] for p, q in (("hello", first), ("The quick brown fox", second))]
+    llm.pool.release()
+    both = llm.stream("hello", first), llm.stream("The quick brown fox", second)
+    found: list[list[int]] = [[next(both[0]).id], []]  # the second takes more room than there is
+    for _ in range(30):
+        for tokens, stream in zip(found, both, strict=True):
+            tokens += [t.id for t in [next(stream, None)] if t is not None]
+    assert found == alone
+
+
+def test_logits_stay_in_the_backend_where_only_the_likeliest_is_asked_for(llm, monkeypatch):
+    asked = []
+    for verb in ("forward", "argmax"):
+        real = getattr(runner.Rows, verb)
+        monkeypatch.setattr(runner.Rows, verb, lambda self, v=verb, real=real: asked.append(v) or real(self))
+    llm.generate(["a", "b"], SamplingParams(max_tokens=2))
+    assert asked == ["argmax"] * 2
+    llm.generate(["a"], SamplingParams(max_tokens=3, min_tokens=2))
+    assert asked[2:] == ["forward", "forward", "argmax"]
+    llm.generate(["a", "b"], [SamplingParams(max_tokens=2), SamplingParams(max_tokens=1, temperature=1.0)])
+    assert asked[5:] == ["forward", "argmax"]
 
 
 def test_streamed_text_is_the_completed_text(llm):
@@ -127,37 +171,41 @@ def test_params_for_each_prompt_must_be_as_many(llm):
         llm.generate(["a", "b"], [SamplingParams()])
 
 
-def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(llm, monkeypatch):
+def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(tiny_model, monkeypatch):
+    llm = LLM(tiny_model, "float")
     monkeypatch.setattr(memory, "available_memory", lambda: 10_000)
     monkeypatch.setattr(llm_module, "available_memory", lambda: 10_000)
-    monkeypatch.setattr(reference, "KVCache", None)  # nothing may be allocated
-    needed = 2 * 2 * 2 * 16 * 4 * (5 + 20)  # keys and values, layers, heads, width, bytes, tokens
-    with pytest.raises(DoesNotFit, match=rf"1 x 25 tokens takes {needed / 1e6:.1f} MB, but 0.0 MB"):
+    monkeypatch.setattr(reference.torch, "zeros", None)  # nothing may be allocated
+    needed = 2 * 2 * 2 * 16 * 4 * 32  # keys and values, layers, heads, width, bytes, two blocks of tokens
+    with pytest.raises(DoesNotFit, match=rf"the KV cache for 32 tokens takes {needed / 1e6:.1f} MB, but 0.0 MB"):
         llm.generate(["hello"], SamplingParams(max_tokens=20))
+
+
+TOKEN_BYTES = 4 * 2 * 2 * 2 * 16
+"""Float32 keys and values, layers, heads, width."""
 
 
 def test_a_request_that_does_not_fit_beside_the_weights_is_refused_before_they_are_loaded(tiny_model, monkeypatch):
     weights = resident_bytes(open_checkpoint(tiny_model), torch.float32, packed=True)
-    cache = 4 * 2 * 2 * 2 * 16 * 50
-    free = weights + cache - 1
+    free = weights + TOKEN_BYTES * 64 - 1  # four blocks
     monkeypatch.setattr(memory, "available_memory", lambda: free)
     monkeypatch.setattr(llm_module, "available_memory", lambda: free)
     loaded = []
-    real = llm_module.load_decoder
-    monkeypatch.setattr(llm_module, "load_decoder", lambda *a, **k: loaded.append(1) or real(*a, **k))
+    real = reference.load_decoder
+    monkeypatch.setattr(reference, "load_decoder", lambda *a, **k: loaded.append(1) or real(*a, **k))
     with pytest.raises(DoesNotFit, match=rf"cache for 50 tokens \(0.0 MB\) takes {(free + 1) / 1e6:.1f} MB") as caught:
-        LLM(tiny_model, reserve_tokens=50)
+        LLM(tiny_model, backend="reference", reserve_tokens=50)
     assert "--max-tokens" in caught.value.hint
     assert not loaded
-    LLM(tiny_model, reserve_tokens=49)
+    LLM(tiny_model, backend="reference", reserve_tokens=48)
     assert loaded
 
 
 def test_no_more_is_reserved_than_the_context_holds(tiny_model, monkeypatch):
-    enough = resident_bytes(open_checkpoint(tiny_model), torch.float32, packed=True) + 4 * 2 * 2 * 2 * 16 * 96
+    enough = resident_bytes(open_checkpoint(tiny_model), torch.float32, packed=True) + TOKEN_BYTES * 96
     monkeypatch.setattr(memory, "available_memory", lambda: enough)
     monkeypatch.setattr(llm_module, "available_memory", lambda: enough)
-    LLM(tiny_model, reserve_tokens=1 << 20)
+    LLM(tiny_model, backend="reference", reserve_tokens=1 << 20)
 
 
 def test_weights_that_do_not_fit_by_themselves_are_not_blamed_on_the_request(tiny_model, monkeypatch):
@@ -168,17 +216,24 @@ def test_weights_that_do_not_fit_by_themselves_are_not_blamed_on_the_request(tin
     assert "--max-tokens" not in caught.value.hint
 
 
-def test_many_prompts_are_run_a_few_at_a_time_when_memory_is_short(llm, monkeypatch):
-    sizes = []
+@pytest.fixture
+def sizes(monkeypatch):
+    """How many rows were run together, wave by wave."""
+    found = []
 
-    class Counted(reference.Batch):
-        def __init__(self, decoder, prompts, max_length):
-            sizes.append(len(prompts))
-            super().__init__(decoder, prompts, max_length)
+    class Counted(runner.Rows):
+        def __init__(self, pool, prompts, limits):
+            found.append(len(prompts))
+            super().__init__(pool, prompts, limits)
 
-    monkeypatch.setattr(llm_module, "Batch", Counted)
+    monkeypatch.setattr(llm_module, "Rows", Counted)
+    return found
+
+
+def test_many_prompts_are_run_a_few_at_a_time_when_memory_is_short(llm, monkeypatch, sizes):
     expected = llm.generate(PROMPTS, SamplingParams(max_tokens=4))
-    monkeypatch.setattr(llm_module, "available_memory", lambda: 2 * 50_000)
+    llm.pool.release()
+    monkeypatch.setattr(llm_module, "available_memory", lambda: 2 * TOKEN_BYTES * BLOCK_SIZE * 4)
     assert llm.generate(PROMPTS, SamplingParams(max_tokens=4)) == expected
     assert sizes[0] == 5
     assert max(sizes[1:]) < 5
@@ -192,11 +247,6 @@ def test_chat_answers_the_templated_messages(llm):
     assert llm.chat(messages, params) == llm.generate([tokens], params)[0]
 
 
-def test_an_unknown_way_to_hold_weights_is_refused(tiny_model):
-    with pytest.raises(UnknownName, match="'half'"):
-        LLM(tiny_model, "half")
-
-
 # How weights are held
 
 
@@ -205,7 +255,7 @@ def test_stored_weights_compute_what_expanded_ones_do(tiny_packed, packed):
     tokens = torch.randint(3, 200, (3, 30))
     few = torch.randint(3, 200, (1, 2))
     for x in (tokens, few):  # many tokens and few take different kernels
-        a, b = expanded(x), packed.decoder(x)
+        a, b = expanded(x), packed.backend.decoder(x)
         assert a.std() > 0.1
         assert (a - b).abs().max() < 1e-4 * a.abs().max()
 
@@ -216,7 +266,7 @@ def test_stored_weights_generate_what_expanded_ones_do(tiny_packed, packed):
 
 
 def test_packed_weights_stay_packed_and_a_tied_head_shares_them(packed):
-    decoder, checkpoint = packed.decoder, packed.checkpoint
+    decoder, checkpoint = packed.backend.decoder, packed.checkpoint
     assert isinstance(decoder.head, PackedLinear)
     assert decoder.embed.table is decoder.head
     assert isinstance(decoder.blocks[0].v, PackedLinear)
@@ -237,8 +287,8 @@ def test_bfloat16_weights_stay_bfloat16(tiny_model):
 
 
 def test_a_tied_embedding_is_loaded_once(llm):
-    assert llm.decoder.head.weight is llm.decoder.embed.weight
-    assert not any(p.is_meta for p in llm.decoder.parameters())
+    assert llm.backend.decoder.head.weight is llm.backend.decoder.embed.weight
+    assert not any(p.is_meta for p in llm.backend.decoder.parameters())
 
 
 def test_loading_reports_progress_and_refuses_what_does_not_fit(tiny_model, monkeypatch):
@@ -274,53 +324,46 @@ def test_nearly_cold_samples_are_the_greedy_continuation_of_the_start_token(llm)
 
 
 def test_first_samples_follow_the_distribution_after_the_start_token(llm):
-    probabilities = llm.decoder(torch.tensor([[llm.start_token]]))[0, 0].softmax(-1)
+    probabilities = llm.backend.decoder(torch.tensor([[llm.start_token]]))[0, 0].softmax(-1)
     n = 4000
     shares = llm.sample_tokens(n, 1, seed=5)[:, 0].bincount(minlength=len(probabilities)) / n
     assert (shares - probabilities).abs().max() < 5 * 0.5 / n**0.5
 
 
-def test_many_samples_take_no_more_memory_than_one_wave(llm, monkeypatch):
-    sizes, steps = [], []
-
-    class Counted(reference.Batch):
-        def __init__(self, decoder, prompts, max_length):
-            sizes.append(len(prompts))
-            super().__init__(decoder, prompts, max_length)
-
-    monkeypatch.setattr(llm_module, "Batch", Counted)
+def test_many_samples_take_no_more_memory_than_one_wave(llm, monkeypatch, sizes):
+    steps = []
     whole = llm.sample_tokens(7, 10, seed=3)
-    monkeypatch.setattr(llm_module, "WAVE_BYTES", 3 * reference.kv_bytes(llm.config, 1, 10) + 1)
+    monkeypatch.setattr(llm_module, "WAVE_BYTES", 3 * cache_bytes(TOKEN_BYTES, 1, 10) + 1)
     waves = llm.sample_tokens(7, 10, seed=3, progress=lambda label, done, total: steps.append((done, total)))
     assert sizes == [7, 3, 3, 1]
     assert torch.equal(whole, waves)
     assert steps == [(n, 30) for n in range(1, 31)]
-    monkeypatch.undo()
-    monkeypatch.setattr(llm_module, "Batch", Counted)
+    monkeypatch.setattr(llm_module, "WAVE_BYTES", 1 << 30)
     llm.sample_tokens(70, 1, seed=3)
     assert sizes[4:] == [32, 32, 6]
 
 
 def test_waves_do_not_depend_on_what_is_free(llm, monkeypatch):
-    monkeypatch.setattr(memory, "available_memory", lambda: reference.kv_bytes(llm.config, 5, 10) - 1)
+    llm.pool.release()
+    monkeypatch.setattr(memory, "available_memory", lambda: cache_bytes(TOKEN_BYTES, 5, 10) - 1)
     with pytest.raises(DoesNotFit):
         llm.sample_tokens(5, 10, seed=3)
 
 
-def test_sampling_takes_the_weights_and_the_cache_of_one_wave(packed):
+def test_sampling_takes_the_weights_and_the_cache_of_one_wave(packed, monkeypatch):
+    monkeypatch.setattr(llm_module, "kv_bytes_per_token", lambda checkpoint: TOKEN_BYTES)
     weights = resident_bytes(packed.checkpoint, torch.float32, packed=True)
     logits = packed.config.vocab_size * llm_module.BYTES_PER_LOGIT
-    row = reference.kv_bytes(packed.config, 1, 20) + logits
+    row = TOKEN_BYTES * 32 + logits  # 20 tokens take two blocks
     assert sampling_bytes(packed.checkpoint, 3, 20) == weights + 3 * row
     assert sampling_bytes(packed.checkpoint, 1000, 20) == weights + llm_module.MAX_BATCH * row
-    token = reference.kv_bytes(packed.config, 1, 1)
-    long = llm_module.WAVE_BYTES // token // 2 + 1  # not even two of them in a wave
-    assert sampling_bytes(packed.checkpoint, 1000, long) == weights + long * token + logits
+    long = llm_module.WAVE_BYTES // TOKEN_BYTES // 2 + 1  # not even two of them in a wave
+    assert sampling_bytes(packed.checkpoint, 1000, long) == weights + cache_bytes(TOKEN_BYTES, 1, long) + logits
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_are_no_samples(llm, monkeypatch, broken):
-    monkeypatch.setattr(type(llm.decoder), "logits", lambda self, x: torch.full((len(x), 259), broken))
+    monkeypatch.setattr(type(llm.backend.decoder), "logits", lambda self, x: torch.full((len(x), 259), broken))
     with pytest.raises(EngineError, match="not finite"):
         llm.sample_tokens(2, 5, seed=0)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from gossamer.checkpoint import Checkpoint, open_checkpoint
-from gossamer.checkpoint.load import load_decoder
 from gossamer.checkpoint.open import packaged_gguf
+from gossamer.engine.reference import ReferenceBackend
 from gossamer.measure.corpus import load_corpus
 from gossamer.measure.plans import WindowPlan
 from gossamer.measure.quality import Quality, evaluate
@@ -52,7 +52,7 @@ def test_perplexity_of_smollm2_equals_that_of_transformers_to_four_digits() -> N
     checkpoint = open_checkpoint("smollm2")
     length = PLAN.context + (WINDOWS - 1) * PLAN.stride
     ids = torch.tensor(checkpoint.tokenizer().encode(load_corpus("default").text[:4000])[:length])
-    (found,) = evaluate([load_decoder(checkpoint)], None, ids, PLAN)
+    (found,) = evaluate([ReferenceBackend.load(checkpoint, "float")], None, ids, PLAN)
     assert isinstance(found, Quality)
     assert found.tokens_scored == WINDOWS * PLAN.scored
     assert found.perplexity == pytest.approx(perplexity_by_transformers(checkpoint, ids), rel=1e-4)

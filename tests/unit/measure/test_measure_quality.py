@@ -10,6 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gossamer.engine import runner
+from gossamer.engine.backend import Batch
+from gossamer.engine.reference import ReferenceBackend
 from gossamer.errors import MeasureError, UsageError
 from gossamer.measure.plans import WindowPlan
 from gossamer.measure.quality import Quality, evaluate, hidden_states
@@ -19,31 +22,50 @@ from gossamer.model.decoder import Decoder
 PLAN = WindowPlan(context=24, stride=20, scored=11)
 
 
-def random_decoder(config: ModelConfig, seed: int, noise: float = 0.3) -> Decoder:
+def random_model(config: ModelConfig, seed: int, noise: float = 0.3) -> ReferenceBackend:
     generator = torch.Generator().manual_seed(seed)
     decoder = Decoder(config)
     for parameter in decoder.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * noise + (parameter.dim() == 1))
-    return decoder.eval()
+    return ReferenceBackend(decoder.eval())
 
 
-def perturbed(decoder: Decoder, seed: int, noise: float) -> Decoder:
-    copy = Decoder(decoder.config)
-    copy.load_state_dict(decoder.state_dict())
+def perturbed(model: ReferenceBackend, seed: int, noise: float) -> ReferenceBackend:
+    copy = Decoder(model.config)
+    copy.load_state_dict(model.decoder.state_dict())
     generator = torch.Generator().manual_seed(seed)
     for parameter in copy.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator) * noise)
-    return copy.eval()
+    return ReferenceBackend(copy.eval())
 
 
-def log_softmax(decoder: Decoder, window: torch.Tensor) -> np.ndarray:
+class Rounding(ReferenceBackend):
+    """A backend whose weights are others while its activations are rounded."""
+
+    def __init__(self, model: ReferenceBackend, rounded: ReferenceBackend) -> None:
+        super().__init__(model.decoder)
+        self.activations = "int8"
+        self.pair = {"exact": model.decoder, "int8": rounded.decoder}
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        self.decoder = self.pair[self.activations]
+        return super().hidden(batch)
+
+    def head(self, states: torch.Tensor) -> torch.Tensor:
+        self.decoder = self.pair[self.activations]
+        return super().head(states)
+
+
+def log_softmax(model: ReferenceBackend, window: torch.Tensor) -> np.ndarray:
     """float64 [context, vocab_size] by the whole model at once, and numpy's own formula."""
-    logits = decoder(window.unsqueeze(0))[0].numpy().astype(np.float64)
+    logits = model.decoder(window.unsqueeze(0))[0].numpy().astype(np.float64)
     logits = logits - logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def by_hand(model: Decoder, reference: Decoder, tokens: torch.Tensor, plan: WindowPlan) -> dict[str, float]:
+def by_hand(
+    model: ReferenceBackend, reference: ReferenceBackend, tokens: torch.Tensor, plan: WindowPlan
+) -> dict[str, float]:
     nll, kld, agreed = [], [], []
     start = 0
     while start + plan.context <= len(tokens):
@@ -77,8 +99,8 @@ def tokens(tiny_config: ModelConfig) -> torch.Tensor:
 def test_every_number_matches_its_formula_in_float64(
     tiny_config: ModelConfig, tokens: torch.Tensor, plan: WindowPlan
 ) -> None:
-    reference = random_decoder(tiny_config, 1)
-    models = [perturbed(reference, 2, 0.05), random_decoder(tiny_config, 3)]
+    reference = random_model(tiny_config, 1)
+    models = [perturbed(reference, 2, 0.05), random_model(tiny_config, 3)]
     for model, found in zip(models, evaluate(models, reference, tokens, plan), strict=True):
         expected = by_hand(model, reference, tokens, plan)
         assert isinstance(found, Quality)
@@ -91,7 +113,7 @@ def test_every_number_matches_its_formula_in_float64(
 
 
 def test_a_model_of_equal_weights_has_no_divergence(tiny_config: ModelConfig, tokens: torch.Tensor) -> None:
-    reference = random_decoder(tiny_config, 1)
+    reference = random_model(tiny_config, 1)
     twin = perturbed(reference, 2, 0.0)
     for found in evaluate([reference, twin, reference], reference, tokens, PLAN):
         assert isinstance(found, Quality)
@@ -102,7 +124,7 @@ def test_a_model_of_equal_weights_has_no_divergence(tiny_config: ModelConfig, to
 def test_a_reference_judged_beside_others_scores_as_it_does_alone(
     tiny_config: ModelConfig, tokens: torch.Tensor
 ) -> None:
-    reference, other = random_decoder(tiny_config, 1), random_decoder(tiny_config, 2)
+    reference, other = random_model(tiny_config, 1), random_model(tiny_config, 2)
     together = evaluate([reference, other], reference, tokens, PLAN)
     alone = evaluate([reference], None, tokens, PLAN)[0]
     assert isinstance(together[0], Quality)
@@ -113,7 +135,7 @@ def test_a_reference_judged_beside_others_scores_as_it_does_alone(
 
 
 def test_without_a_reference_there_is_no_divergence(tiny_config: ModelConfig, tokens: torch.Tensor) -> None:
-    (found,) = evaluate([random_decoder(tiny_config, 1)], None, tokens, PLAN)
+    (found,) = evaluate([random_model(tiny_config, 1)], None, tokens, PLAN)
     assert isinstance(found, Quality)
     assert found.kld_mean is found.kld_p99 is found.top1_agreement is None
 
@@ -121,8 +143,8 @@ def test_without_a_reference_there_is_no_divergence(tiny_config: ModelConfig, to
 def test_a_model_that_yields_nan_is_an_error_and_the_others_go_on(
     tiny_config: ModelConfig, tokens: torch.Tensor
 ) -> None:
-    reference, broken = random_decoder(tiny_config, 1), random_decoder(tiny_config, 2)
-    broken.final_norm.weight.fill_(math.nan)
+    reference, broken = random_model(tiny_config, 1), random_model(tiny_config, 2)
+    broken.decoder.final_norm.weight.fill_(math.nan)
     outcomes = evaluate([broken, reference], reference, tokens, PLAN)
     assert isinstance(outcomes[0], MeasureError)
     assert isinstance(outcomes[1], Quality)
@@ -131,23 +153,52 @@ def test_a_model_that_yields_nan_is_an_error_and_the_others_go_on(
 
 
 def test_a_perplexity_past_every_float_is_an_error(tiny_config: ModelConfig, tokens: torch.Tensor) -> None:
-    loud = random_decoder(tiny_config, 1)
-    loud.final_norm.weight.fill_(1e6)
+    loud = random_model(tiny_config, 1)
+    loud.decoder.final_norm.weight.fill_(1e6)
     (outcome,) = evaluate([loud], None, tokens, PLAN)
     assert isinstance(outcome, MeasureError)
 
 
 def test_a_text_shorter_than_a_window_is_refused(tiny_config: ModelConfig, tokens: torch.Tensor) -> None:
     with pytest.raises(MeasureError, match="23 tokens"):
-        evaluate([random_decoder(tiny_config, 1)], None, tokens[:23], PLAN)
+        evaluate([random_model(tiny_config, 1)], None, tokens[:23], PLAN)
 
 
-def test_hidden_states_are_those_of_the_whole_forward_pass(tiny_config: ModelConfig, tokens: torch.Tensor) -> None:
-    decoder = random_decoder(tiny_config, 1)
+@pytest.mark.parametrize("chunk", [512, 40, 24, 7, 1])
+def test_hidden_states_are_those_of_the_whole_forward_pass(
+    tiny_config: ModelConfig, tokens: torch.Tensor, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "CHUNK", chunk)
+    model = random_model(tiny_config, 1)
+    model.reserve(3)
     window = tokens[:40]
-    with torch.inference_mode():
-        logits = decoder.logits(hidden_states(decoder, window, 15))
-    torch.testing.assert_close(logits, decoder(window.unsqueeze(0))[0, 24:39])
+    logits = model.head(hidden_states(model, window, 15))
+    torch.testing.assert_close(logits, model.decoder(window.unsqueeze(0))[0, 24:39])
+
+
+def test_what_rounding_activations_adds_is_judged_against_the_same_weights(
+    tiny_config: ModelConfig, tokens: torch.Tensor
+) -> None:
+    reference, exact, rounded = (random_model(tiny_config, seed) for seed in (1, 2, 3))
+    model = Rounding(exact, rounded)
+    (found,) = evaluate([model], reference, tokens, PLAN)
+    (plain,) = evaluate([rounded], reference, tokens, PLAN)
+    assert isinstance(found, Quality)
+    assert isinstance(plain, Quality)
+    assert found.activation_kld == pytest.approx(by_hand(rounded, exact, tokens, PLAN)["mean"], rel=1e-5)
+    assert plain.activation_kld is None
+    assert (found.nll, found.kld_mean) == (plain.nll, plain.kld_mean)  # what runs is what is judged
+    assert model.activations == "int8"
+    assert found.tokens_read == plain.tokens_read
+
+
+def test_a_rounding_reference_tells_what_that_adds_too(tiny_config: ModelConfig, tokens: torch.Tensor) -> None:
+    exact, rounded = (random_model(tiny_config, seed) for seed in (2, 3))
+    model = Rounding(exact, rounded)
+    (found,) = evaluate([model], model, tokens, PLAN)
+    assert isinstance(found, Quality)
+    assert found.kld_mean == 0
+    assert found.activation_kld == pytest.approx(by_hand(rounded, exact, tokens, PLAN)["mean"], rel=1e-5)
 
 
 @given(st.integers(2, 60), st.integers(0, 60), st.data())

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from gossamer.checkpoint import open_checkpoint
-from gossamer.checkpoint.load import load_decoder
 from gossamer.checkpoint.textprint import line_hashes
 from gossamer.engine import isa_in_use
+from gossamer.engine.backend import choose
+from gossamer.engine.reference import ReferenceBackend
 from gossamer.errors import MeasureError, UnknownName, UsageError
 from gossamer.measure import run
 from gossamer.measure.corpus import load_corpus
@@ -63,7 +64,7 @@ def evaluate_all(models: Sequence[Path | str], request: run.EvalRequest) -> list
 
 def test_records_say_what_was_measured_and_how(tiny: Path, text: Path, tmp_path: Path) -> None:
     other = make_folder(tmp_path / "other", seed=1)
-    request = request_for(text, reference=str(tiny))
+    request = request_for(text, reference=str(tiny), weights="float")
     itself, moved = evaluate_all([tiny, other], request)
     for record in (itself, moved):
         assert set(record) == RECORD_KEYS
@@ -82,6 +83,8 @@ def test_records_say_what_was_measured_and_how(tiny: Path, text: Path, tmp_path:
             "reference": str(tiny),
             "reference_fingerprint": open_checkpoint(tiny).fingerprint(),
             "weights": "float",
+            "backend": "auto",
+            "activations": "auto",
             "threads": 1,
         }
         assert record["machine"]["threads"] == 1
@@ -91,6 +94,8 @@ def test_records_say_what_was_measured_and_how(tiny: Path, text: Path, tmp_path:
             "version": "0.1.0",
             "dtype": "float32",
             "kernels": isa_in_use(),
+            "activations": "exact",
+            "kv_cache": "fp32",
         }
         assert [s["prompt"] for s in record["results"]["samples"]] == list(PROMPTS[:2])
     assert itself["model"]["fingerprint"] == itself["protocol"]["reference_fingerprint"]
@@ -102,9 +107,23 @@ def test_records_say_what_was_measured_and_how(tiny: Path, text: Path, tmp_path:
 
     here = open_checkpoint(other)
     ids = torch.tensor(here.tokenizer().encode(text.read_text())[:400])
-    (expected,) = evaluate([load_decoder(here)], None, ids, PLAN)
+    (expected,) = evaluate([ReferenceBackend.load(here)], None, ids, PLAN)
     assert isinstance(expected, Quality)
     assert moved["results"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+
+
+@pytest.mark.parametrize("asked", ["auto", "int8", "exact"])
+def test_records_say_what_rounding_activations_adds(
+    tiny_model: Path, tiny_packed: Path, text: Path, asked: Any
+) -> None:
+    request = request_for(text, reference=str(tiny_model), activations=asked, backend="cpu", samples=0)
+    (record,) = evaluate_all([tiny_packed], request)
+    rounded = asked != "exact"
+    assert (record["status"], record["error"]) == ("ok", None)
+    assert record["engine"]["backend"] == record["protocol"]["backend"] == "cpu"
+    assert record["engine"]["activations"] == ("int8" if rounded else "exact")
+    added = record["results"]["activation_kld"]
+    assert added > 0 if rounded else added is None
 
 
 def test_models_that_fail_are_records_and_the_others_are_measured(tiny: Path, text: Path, tmp_path: Path) -> None:
@@ -181,7 +200,7 @@ def test_the_hash_of_the_tokens_is_of_those_judged_and_not_of_those_asked_for(ti
 def test_a_text_below_one_window_is_refused_before_a_model_is_loaded(
     tiny: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gossamer.measure.jobs.load_decoder", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr("gossamer.measure.jobs.choose", lambda *a, **k: pytest.fail("loaded"))
     for reference in (None, str(tiny)):
         (record,) = evaluate_all([tiny], request_for(text, tokens=50, reference=reference))
         assert "the text has 50 tokens, less than one window of 64" in record["error"]
@@ -231,7 +250,8 @@ def test_only_errors_that_neighbours_may_have_caused_are_worth_another_try(kind:
 def test_bench_records_hold_every_sample_and_the_memory(tiny: Path, tmp_path: Path) -> None:
     plan = SpeedPlan(prompt_tokens=24, output_tokens=6, batch=2, repetitions=3)
     other = make_folder(tmp_path / "other", seed=1)
-    records = list(run.bench_models([str(tiny), "nothing/here/at/all", str(other)], plan, lambda *e: None, threads=1))
+    models = [str(tiny), "nothing/here/at/all", str(other)]
+    records = list(run.bench_models(models, plan, lambda *e: None, threads=1, activations="exact"))
     assert [r["status"] for r in records] == ["ok", "failed", "ok"]
     assert records[1]["error"].startswith("ModelNotFound: ")
     for record in (records[0], records[2]):
@@ -243,8 +263,11 @@ def test_bench_records_hold_every_sample_and_the_memory(tiny: Path, tmp_path: Pa
             "repetitions": 3,
             "warmup": 1,
             "weights": "stored",
+            "backend": "auto",
+            "activations": "exact",
             "threads": 1,
         }
+        assert record["engine"]["activations"] == "exact"
         results = record["results"]
         for name in ("prefill_tokens_per_s", "decode_tokens_per_s", "ttft_s"):
             found = results[name]
@@ -253,7 +276,8 @@ def test_bench_records_hold_every_sample_and_the_memory(tiny: Path, tmp_path: Pa
         reads = [2 * 24 / t for t in results["ttft_s"]["samples"]]
         assert results["prefill_tokens_per_s"]["samples"] == pytest.approx(reads)
         assert results["wm_bytes"] == record["model"]["weight_bytes"]
-        assert (results["rm_kv_bytes_per_token"], results["rm_kv_source"]) == (2 * 2 * 2 * 8 * 4, "computed")
+        bytes_per_token = choose(open_checkpoint(tiny)).kv_bytes_per_token
+        assert (results["rm_kv_bytes_per_token"], results["rm_kv_source"]) == (bytes_per_token, "computed")
         assert results["load_s"] > 0
 
 
@@ -345,9 +369,20 @@ def test_progress_of_timing_begins_before_the_first_turn(tiny: Path) -> None:
     assert [event for event in seen if event[0] == "timing"] == [("timing", n, 3) for n in range(4)]
 
 
-def test_bench_records_name_the_kernels_that_ran(tiny: Path) -> None:
-    (record,) = run.bench_models([str(tiny)], SpeedPlan(16, 4, repetitions=1), lambda *e: None)
+def test_bench_records_name_what_ran(tiny: Path) -> None:
+    plan = SpeedPlan(16, 4, repetitions=1)
+    (record,) = run.bench_models([str(tiny)], plan, lambda *e: None, backend="reference")
     assert record["engine"]["kernels"] == isa_in_use()
+    assert (record["engine"]["backend"], record["protocol"]["backend"]) == ("reference", "reference")
+    assert (record["engine"]["activations"], record["engine"]["kv_cache"]) == ("exact", "fp32")
+
+
+def test_a_model_that_cannot_be_opened_is_recorded_under_the_engine_that_it_was_meant_for(text: Path) -> None:
+    asked = {"weights": "float"}
+    (bench,) = run.bench_models(["no-such-model"], SpeedPlan(16, 4), lambda *e: None, **asked)
+    (judged,) = evaluate_all(["no-such-model"], request_for(text, **asked))
+    assert [r["status"] for r in (bench, judged)] == ["failed"] * 2
+    assert [r["engine"]["backend"] for r in (bench, judged)] == ["reference"] * 2
 
 
 def test_a_model_block_says_how_weights_are_stored_and_what_they_were_made_from(tiny: Path, tmp_path: Path) -> None:
@@ -392,15 +427,15 @@ def test_prompts_are_ordinary_tokens_fixed_by_their_seed(tiny: Path) -> None:
 
 def test_samples_are_the_likeliest_tokens_one_by_one(tiny: Path) -> None:
     checkpoint = open_checkpoint(tiny)
-    decoder = load_decoder(checkpoint)
+    model = ReferenceBackend.load(checkpoint)
     ids = checkpoint.tokenizer().encode("The sky")
-    found = greedy(decoder, ids, 6, eos_ids=())
+    found = greedy(model, ids, 6, eos_ids=())
     for token in found:
-        assert token == int(decoder(torch.tensor([ids]))[0, -1].argmax())
+        assert token == int(model.decoder(torch.tensor([ids]))[0, -1].argmax())
         ids.append(token)
     assert len(found) == 6
-    assert greedy(decoder, ids[:-6], 6, eos_ids={found[2]}) == found[: found.index(found[2])]
-    assert len(greedy(decoder, [1] * 250, 48, eos_ids=())) == 6  # the context of 256 ends before
+    assert greedy(model, ids[:-6], 6, eos_ids={found[2]}) == found[: found.index(found[2])]
+    assert len(greedy(model, [1] * 250, 48, eos_ids=())) == 6  # the context of 256 ends before
 
 
 def test_an_unknown_engine_is_refused() -> None:

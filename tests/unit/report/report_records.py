@@ -46,6 +46,7 @@ def evaluation(of: Record, perplexity: float = 12.0, kld: float | None = None, t
     compared = {} if kld is not None else {"reference": None, "reference_fingerprint": None}
     results = {"perplexity": perplexity, "nll": math.log(perplexity), "kld_mean": kld,
                "kld_p99": None if kld is None else kld * 12, "top1_agreement": top1, "seconds": 10.0,
+               "activation_kld": None if kld is None else 0.00321,
                "tokens_per_second": 2000.0, "samples": samples or []}  # fmt: skip
     return record("eval", of, {**EVAL_PROTOCOL, **compared, **(protocol or {})}, results, **extra)
 

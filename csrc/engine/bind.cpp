@@ -1,0 +1,360 @@
+// The Python face of the engine. As in module.cpp, checks here only make sure that no call, however wrong, reads or
+// writes outside its arrays; src/gossamer/engine/cpu.py words errors for users.
+#include "bind.hpp"
+
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "../codes.hpp"
+#include "../isa.hpp"
+#include "../threads.hpp"
+#include "model.hpp"
+
+namespace nb = nanobind;
+
+namespace gossamer {
+namespace {
+
+template <class T, int N>
+using Array = nb::ndarray<T, nb::ndim<N>, nb::c_contig, nb::device::cpu>;
+using Ints = Array<const int32_t, 1>;
+using OptionalFloats = std::optional<Array<const float, 1>>;
+
+void require(bool holds, const char* what) {
+  if (!holds) throw nb::value_error(what);
+}
+
+int checked(int threads) {
+  require(1 <= threads && threads <= 1024, "threads must be from 1 to 1024");
+  return threads;
+}
+
+Floats floats(const OptionalFloats& array) {
+  return array ? Floats(array->data(), array->data() + array->shape(0)) : Floats();
+}
+
+// What Python calls a Packed part: codes, scales and zero points of rows [rows, columns].
+struct IntegerPart {
+  Array<const int32_t, 2> packed;
+  Array<const float, 2> scale;
+  std::optional<Array<const int8_t, 2>> zero;
+  int bits;
+};
+
+Part part_of(const IntegerPart& p, int64_t columns) {
+  const int64_t rows = p.packed.shape(0), groups = p.scale.shape(1);
+  require(2 <= p.bits && p.bits <= 8, "bits must be from 2 to 8");
+  require(rows > 0 && groups > 0, "the weight is empty");
+  require(int64_t(p.packed.shape(1)) == words_for(columns, p.bits), "packed does not hold so many columns");
+  require(int64_t(p.scale.shape(0)) == rows && columns % groups == 0, "scale does not fit the weight");
+  require(!p.zero || (int64_t(p.zero->shape(0)) == rows && int64_t(p.zero->shape(1)) == groups),
+          "zero does not fit scale");
+  return {rows, reinterpret_cast<const uint32_t*>(p.packed.data()), p.scale.data(), p.zero ? p.zero->data() : nullptr,
+          groups, p.bits, nullptr, nullptr};
+}
+
+void require_parts(const std::vector<Part>& parts, int64_t columns, bool interleave) {
+  require(!parts.empty() && columns > 0 && columns <= (int64_t(1) << 24), "a weight needs rows and columns");
+  require(!interleave || (parts.size() == 2 && parts[0].rows == parts[1].rows), "two equal parts can take turns");
+}
+
+Weight packed_integer(std::shared_ptr<Arena> arena, const std::vector<IntegerPart>& given, int64_t columns,
+                      bool interleave, int threads) {
+  std::vector<Part> parts;
+  require(columns > 0, "a weight needs columns");
+  for (const IntegerPart& p : given) parts.push_back(part_of(p, columns));
+  require_parts(parts, columns, interleave);
+  checked(threads);
+  auto weight = std::make_shared<PackedMatrix>();
+  weight->arena = std::move(arena);
+  bool fits;
+  {
+    nb::gil_scoped_release release;
+    fits = pack_integer(parts, columns, interleave, threads, *weight);
+  }
+  require(fits, "groups must be whole rows or multiples of 32 columns");
+  return weight;
+}
+
+template <class T>
+Weight packed_dense(std::shared_ptr<Arena> arena, const std::vector<Array<const T, 2>>& given, bool interleave,
+                    int threads) {
+  require(!given.empty(), "a weight needs rows");
+  const int64_t columns = given[0].shape(1);
+  std::vector<Part> parts;
+  for (const auto& array : given) {
+    require(int64_t(array.shape(1)) == columns && array.shape(0) > 0, "parts must have rows, and equal columns");
+    Part part{};
+    part.rows = array.shape(0);
+    if constexpr (sizeof(T) == 2)
+      part.bf16 = array.data();
+    else
+      part.f32 = array.data();
+    parts.push_back(part);
+  }
+  require_parts(parts, columns, interleave);
+  checked(threads);
+  auto weight = std::make_shared<PackedMatrix>();
+  weight->arena = std::move(arena);
+  nb::gil_scoped_release release;
+  pack_dense(parts, columns, interleave, threads, *weight);
+  return weight;
+}
+
+// y [tokens, rows] = x [tokens, columns] times a packed weight, as the engine multiplies.
+void linear(const PackedMatrix& weight, Array<const float, 2> x, bool exact, int threads, Array<float, 2> y) {
+  const Matrix& m = weight.matrix;
+  const int64_t tokens = x.shape(0), width = m.blocks * BlockColumns;
+  require(int64_t(x.shape(1)) == m.columns, "x does not fit the weight");
+  require(int64_t(y.shape(0)) == tokens && int64_t(y.shape(1)) == m.rows, "y does not fit x and the weight");
+  require(m.tiles * TileRows < m.rows + TileRows, "a weight in turns of tiles has no rows of its own");
+  checked(threads);
+  if (tokens == 0) return;
+  nb::gil_scoped_release release;
+  const Ops& ops = engine_ops();
+  std::vector<float> padded(tokens * width), scale(tokens * m.blocks);
+  std::vector<int8_t> q(tokens * width);
+  std::vector<int32_t> sums(tokens * m.blocks);
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::copy_n(x.data() + t * m.columns, m.columns, padded.data() + t * width);
+    ops.quantize(padded.data() + t * width, m.blocks, span_of(m), sum_factor(m), q.data() + t * width,
+                 scale.data() + t * m.blocks, sums.data() + t * m.blocks);
+  }
+  const Acts acts{padded.data(), width, q.data(), scale.data(), sums.data(), m.blocks, tokens, span_of(m)};
+  Epilogue e{};
+  e.what = Epilogue::store;
+  e.y = y.data();
+  e.stride = e.rows = m.rows;
+  parallel_for((m.tiles + 1) / 2, threads, [&](int64_t begin, int64_t end, int) {
+    ops.matmul(m, acts, exact, 2 * begin, std::min(2 * end, m.tiles), e);
+  });
+}
+
+void rows_of(const PackedMatrix& weight, Ints rows, Array<float, 2> out) {
+  const Matrix& m = weight.matrix;
+  require(out.shape(0) == rows.shape(0) && int64_t(out.shape(1)) == m.columns, "out does not fit the rows");
+  require(m.tiles * TileRows < m.rows + TileRows, "a weight in turns of tiles has no rows of its own");
+  std::vector<float> row(m.blocks * BlockColumns);
+  for (size_t i = 0; i < rows.shape(0); ++i) {
+    require(0 <= rows.data()[i] && rows.data()[i] < m.rows, "no such row");
+    row_floats(m, rows.data()[i], row.data());
+    std::copy_n(row.data(), m.columns, out.data() + i * m.columns);
+  }
+}
+
+// y = norm(x) * weight + bias for each token.
+void norm_rows(const std::string& kind, Array<const float, 2> x, Array<const float, 1> weight, OptionalFloats bias,
+               float eps, Array<float, 2> y) {
+  const int64_t columns = x.shape(1), width = (columns + BlockColumns - 1) / BlockColumns * BlockColumns;
+  require(kind == "rms" || kind == "layer", "norm must be rms or layer");
+  require(int64_t(weight.shape(0)) == columns && (!bias || int64_t(bias->shape(0)) == columns), "sizes differ");
+  require(y.shape(0) == x.shape(0) && int64_t(y.shape(1)) == columns, "y does not fit x");
+  Floats w(width), b(width), in(width), out(width);
+  std::copy_n(weight.data(), columns, w.data());
+  if (bias) std::copy_n(bias->data(), columns, b.data());
+  for (size_t t = 0; t < x.shape(0); ++t) {
+    std::copy_n(x.data() + t * columns, columns, in.data());
+    engine_ops().norm(kind == "rms" ? NormKind::rms : NormKind::layer, in.data(), w.data(), bias ? b.data() : nullptr,
+                      columns, eps, out.data());
+    std::copy_n(out.data(), columns, y.data() + t * columns);
+  }
+}
+
+// Products done on one core; the caller takes the time.
+int64_t peak_products(bool integer, int64_t rounds) {
+  require(0 <= rounds && rounds <= (int64_t(1) << 32), "rounds must be from 0 to 2^32");
+  nb::gil_scoped_release release;
+  volatile float kept = 1e-3f;
+  float keep = kept;
+  const int64_t count = engine_ops().peak(integer, rounds, &keep);
+  kept = keep;
+  return count;
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu") return Activation::gelu;
+  require(name == "gelu_pytorch_tanh", "activation must be silu, gelu or gelu_pytorch_tanh");
+  return Activation::gelu_tanh;
+}
+
+void gate_rows(const std::string& activation, Array<const float, 1> g, Array<const float, 1> u, Array<float, 1> y) {
+  require(g.shape(0) == u.shape(0) && g.shape(0) == y.shape(0), "sizes differ");
+  require(g.shape(0) % BlockColumns == 0, "sizes must be multiples of 32");
+  engine_ops().gate(activation_of(activation), g.data(), u.data(), g.shape(0), y.data());
+}
+
+KvKind kv_kind(const std::string& name) {
+  if (name == "f32") return KvKind::f32;
+  if (name == "bf16") return KvKind::bf16;
+  require(name == "int8", "the KV cache can be f32, bf16 or int8");
+  return KvKind::i8;
+}
+
+NormWeights norm_weights(const Array<const float, 1>& weight, const OptionalFloats& bias) {
+  return {Floats(weight.data(), weight.data() + weight.shape(0)), floats(bias)};
+}
+
+std::shared_ptr<Model> make_model(int64_t hidden_size, int64_t vocab_size, int64_t head_dim, int64_t max_positions,
+                                  float norm_eps, const std::string& norm, const std::string& activation,
+                                  Array<const float, 1> inverse_frequencies, Weight embedding, Weight head,
+                                  Array<const float, 1> final_norm, OptionalFloats final_norm_bias) {
+  require(norm == "rms" || norm == "layer", "norm must be rms or layer");
+  ModelShape shape{hidden_size,
+                   vocab_size,
+                   head_dim,
+                   max_positions,
+                   norm_eps,
+                   norm == "rms" ? NormKind::rms : NormKind::layer,
+                   activation_of(activation),
+                   Floats(inverse_frequencies.data(), inverse_frequencies.data() + inverse_frequencies.shape(0))};
+  return std::make_shared<Model>(std::move(shape), std::move(embedding), std::move(head),
+                                 norm_weights(final_norm, final_norm_bias));
+}
+
+void add_layer(Model& model, int64_t heads, int64_t kv_heads, int64_t ffn_width, Array<const float, 1> attention_norm,
+               OptionalFloats attention_norm_bias, Array<const float, 1> ffn_norm, OptionalFloats ffn_norm_bias,
+               std::vector<Weight> qkv, std::vector<OptionalFloats> qkv_bias, Weight output, OptionalFloats output_bias,
+               std::vector<Weight> gate_up, std::vector<OptionalFloats> gate_up_bias, Weight down,
+               OptionalFloats down_bias) {
+  LayerWeights w{};
+  w.heads = heads;
+  w.kv_heads = kv_heads;
+  w.ffn_width = ffn_width;
+  w.attention_norm = norm_weights(attention_norm, attention_norm_bias);
+  w.ffn_norm = norm_weights(ffn_norm, ffn_norm_bias);
+  w.qkv = std::move(qkv);
+  w.gate_up = std::move(gate_up);
+  for (const auto& bias : qkv_bias) w.qkv_bias.push_back(floats(bias));
+  for (const auto& bias : gate_up_bias) w.gate_up_bias.push_back(floats(bias));
+  w.output = std::move(output);
+  w.output_bias = floats(output_bias);
+  w.down = std::move(down);
+  w.down_bias = floats(down_bias);
+  model.add_layer(std::move(w));
+}
+
+Step step_of(const Ints& tokens, const Ints& query_start, const Ints& context_lens,
+             const Array<const int32_t, 2>& block_tables, const Ints& logit_rows) {
+  const int64_t sequences = context_lens.shape(0);
+  require(int64_t(query_start.shape(0)) == sequences + 1, "query_start must have one number more than context_lens");
+  require(int64_t(block_tables.shape(0)) == sequences, "block_tables must have a row for each sequence");
+  return {tokens.data(),       int64_t(tokens.shape(0)), query_start.data(),
+          context_lens.data(), block_tables.data(),      sequences,
+          int64_t(block_tables.shape(1)), logit_rows.data(), int64_t(logit_rows.shape(0))};
+}
+
+void step_logits(Model& model, Ints tokens, Ints query_start, Ints context_lens, Array<const int32_t, 2> block_tables,
+                 Ints logit_rows, bool exact, int threads, Array<float, 2> out) {
+  const Step step = step_of(tokens, query_start, context_lens, block_tables, logit_rows);
+  require(int64_t(out.shape(0)) == step.row_count && int64_t(out.shape(1)) == model.shape.vocab_size,
+          "out does not fit the rows");
+  checked(threads);
+  nb::gil_scoped_release release;
+  model.logits(step, {exact, threads}, out.data());
+}
+
+void step_hidden(Model& model, Ints tokens, Ints query_start, Ints context_lens, Array<const int32_t, 2> block_tables,
+                 Ints logit_rows, bool exact, int threads, Array<float, 2> out) {
+  const Step step = step_of(tokens, query_start, context_lens, block_tables, logit_rows);
+  require(int64_t(out.shape(0)) == step.row_count && int64_t(out.shape(1)) == model.shape.hidden_size,
+          "out does not fit the rows");
+  checked(threads);
+  nb::gil_scoped_release release;
+  model.hidden(step, {exact, threads}, out.data());
+}
+
+bool step_best(Model& model, Ints tokens, Ints query_start, Ints context_lens, Array<const int32_t, 2> block_tables,
+               Ints logit_rows, bool exact, int threads, Array<int32_t, 1> out) {
+  const Step step = step_of(tokens, query_start, context_lens, block_tables, logit_rows);
+  require(int64_t(out.shape(0)) == step.row_count, "out does not fit the rows");
+  checked(threads);
+  nb::gil_scoped_release release;
+  return model.best(step, {exact, threads}, out.data());
+}
+
+void head_logits(Model& model, Array<const float, 2> states, bool exact, int threads, Array<float, 2> out) {
+  require(int64_t(states.shape(1)) == model.shape.hidden_size, "states do not fit the model");
+  require(out.shape(0) == states.shape(0) && int64_t(out.shape(1)) == model.shape.vocab_size,
+          "out does not fit the rows");
+  checked(threads);
+  nb::gil_scoped_release release;
+  model.head(states.data(), states.shape(0), {exact, threads}, out.data());
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  nb::class_<Arena>(m, "Arena").def(nb::init<>()).def_prop_ro("bytes", &Arena::bytes);
+  nb::class_<IntegerPart>(m, "IntegerPart")
+      .def(
+          "__init__",
+          [](IntegerPart* self, Array<const int32_t, 2> packed, Array<const float, 2> scale,
+             std::optional<Array<const int8_t, 2>> zero, int bits) {
+            new (self) IntegerPart{std::move(packed), std::move(scale), std::move(zero), bits};
+          },
+          nb::arg("packed").noconvert(), nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(),
+          nb::arg("bits"));
+  nb::class_<PackedMatrix>(m, "Matrix")
+      .def_prop_ro("rows", [](const PackedMatrix& w) { return w.matrix.rows; })
+      .def_prop_ro("columns", [](const PackedMatrix& w) { return w.matrix.columns; })
+      .def_prop_ro("bits", [](const PackedMatrix& w) { return bits_of(w.matrix.kind); })
+      .def_prop_ro("nbytes", [](const PackedMatrix& w) { return w.matrix.tiles * w.matrix.tile_bytes; })
+      .def("linear", linear, nb::arg("x").noconvert(), nb::arg("exact"), nb::arg("threads"),
+           nb::arg("y").noconvert())
+      .def("take", rows_of, nb::arg("rows").noconvert(), nb::arg("out").noconvert());
+  const auto arena = nb::arg("arena");
+  m.def("pack_integer", packed_integer, arena, nb::arg("parts"), nb::arg("columns"), nb::arg("interleave"),
+        nb::arg("threads"));
+  m.def("pack_bf16", packed_dense<uint16_t>, arena, nb::arg("parts").noconvert(), nb::arg("interleave"),
+        nb::arg("threads"));
+  m.def("pack_f32", packed_dense<float>, arena, nb::arg("parts").noconvert(), nb::arg("interleave"),
+        nb::arg("threads"));
+  m.def("norm", norm_rows, nb::arg("kind"), nb::arg("x").noconvert(), nb::arg("weight").noconvert(),
+        nb::arg("bias").noconvert().none(), nb::arg("eps"), nb::arg("y").noconvert());
+  m.def("gate", gate_rows, nb::arg("activation"), nb::arg("g").noconvert(), nb::arg("u").noconvert(),
+        nb::arg("y").noconvert());
+  m.def("peak_products", peak_products, nb::arg("integer"), nb::arg("rounds"));
+  m.def("team_threads", [] { return Team::instance().last_threads(); });
+
+  const auto exact = nb::arg("exact"), threads = nb::arg("threads");
+  const auto tokens = nb::arg("tokens").noconvert(), query_start = nb::arg("query_start").noconvert();
+  const auto context_lens = nb::arg("context_lens").noconvert(); const auto tables = nb::arg("block_tables").noconvert();
+  const auto rows = nb::arg("logit_rows").noconvert(), out = nb::arg("out").noconvert();
+  nb::class_<Model>(m, "Model")
+      .def(nb::new_(&make_model), nb::arg("hidden_size"), nb::arg("vocab_size"), nb::arg("head_dim"),
+           nb::arg("max_positions"), nb::arg("norm_eps"), nb::arg("norm"), nb::arg("activation"),
+           nb::arg("inverse_frequencies").noconvert(), nb::arg("embedding"), nb::arg("head"),
+           nb::arg("final_norm").noconvert(), nb::arg("final_norm_bias").noconvert().none())
+      .def("add_layer", add_layer, nb::arg("heads"), nb::arg("kv_heads"), nb::arg("ffn_width"),
+           nb::arg("attention_norm"), nb::arg("attention_norm_bias").none(), nb::arg("ffn_norm"),
+           nb::arg("ffn_norm_bias").none(), nb::arg("qkv"), nb::arg("qkv_bias"), nb::arg("output"),
+           nb::arg("output_bias").none(), nb::arg("gate_up"), nb::arg("gate_up_bias"), nb::arg("down"),
+           nb::arg("down_bias").none())
+      .def("allocate",
+           [](Model& model, int64_t blocks, const std::string& kind) { model.allocate(blocks, kv_kind(kind)); },
+           nb::arg("blocks"), nb::arg("kind"))
+      .def("phase_seconds",
+           [](Model& model) {
+             const std::vector<double> seconds = model.phase_seconds();
+             nb::dict found;
+             for (int i = 0; i < Model::phase_count; ++i) found[Model::phase_names[i]] = seconds[i];
+             return found;
+           })
+      .def_prop_ro("blocks", &Model::blocks)
+      .def_prop_ro("block_bytes", &Model::block_bytes)
+      .def("logits", step_logits, tokens, query_start, context_lens, tables, rows, exact, threads, out)
+      .def("hidden", step_hidden, tokens, query_start, context_lens, tables, rows, exact, threads, out)
+      .def("best", step_best, tokens, query_start, context_lens, tables, rows, exact, threads, out)
+      .def("head", head_logits, nb::arg("states").noconvert(), exact, threads, out);
+}
+
+}  // namespace gossamer

@@ -1,0 +1,755 @@
+#include "model.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "../isa.hpp"
+
+namespace gossamer {
+namespace {
+
+// Up to so many tokens every thread prepares the activations of all by itself, which saves a barrier.
+constexpr int64_t redundant_tokens = 2;
+// From so many tokens on, work is handed out in small pieces: whoever is held up does less of it.
+constexpr int64_t dynamic_tokens = 16;
+constexpr int64_t max_step_tokens = 1 << 16;
+constexpr int64_t split_context = 128;
+
+int64_t padded(int64_t count) { return (count + BlockColumns - 1) / BlockColumns * BlockColumns; }
+int64_t tile_padded(int64_t count) { return (count + TileRows - 1) / TileRows * TileRows; }
+
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::invalid_argument(what);
+}
+
+NormWeights padded_norm(NormWeights norm, int64_t size, const char* what) {
+  require(int64_t(norm.weight.size()) == size, std::string(what) + " has another size than the model");
+  require(norm.bias.empty() || int64_t(norm.bias.size()) == size, std::string(what) + ": bias has another size");
+  norm.weight.resize(padded(size));
+  if (!norm.bias.empty()) norm.bias.resize(padded(size));
+  return norm;
+}
+
+// Memory of floats that only grows, aligned for vectors.
+template <class T>
+class Buffer {
+ public:
+  T* get(size_t count) {
+    if (count > size_) {
+      data_.reset();
+      size_ = 0;
+      data_.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{64})));
+      std::memset(static_cast<void*>(data_.get()), 0, count * sizeof(T));
+      size_ = count;
+    }
+    return data_.get();
+  }
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<T, Free> data_;
+  size_t size_ = 0;
+};
+
+// Activations made ready for a weight: normed, filled up to whole blocks, quantized. One for each thread, or shared.
+struct Ready {
+  Buffer<float> x;
+  Buffer<int8_t> q;
+  Buffer<float> scale;
+  Buffer<int32_t> sums[3];
+};
+
+struct Input {
+  const float* x;
+  int64_t stride, columns;
+  const NormWeights* norm;  // or null
+};
+
+}  // namespace
+
+struct Model::Layer {
+  LayerWeights w;
+  int64_t q_size, kv_size, group;
+  int64_t q_at, k_at, v_at, qkv_stride;    // columns of the buffer that takes the products of q, k and v
+  std::vector<int64_t> qkv_at;             // where each weight's products go
+  int64_t ffn_stride;
+};
+
+// A piece of attention: some query tokens of one sequence and the heads that share a key-value head.
+struct Model::Unit {
+  int32_t sequence, kv_head, first, tokens;  // first: of the query tokens, counted over the batch
+  int64_t position, begin, end;
+  int32_t split;  // number of the partial result, or -1: the only one
+  int32_t splits;
+};
+
+struct Model::Run {
+  const Step* step = nullptr;
+  Options options{};
+  const Ops* ops = nullptr;
+  enum What { logits, hidden, best, head } what = logits;
+  float* out = nullptr;
+  const float* states = nullptr;
+  int64_t state_count = 0;
+
+  std::vector<int32_t> sequence_of;   // [tokens]
+  std::vector<int32_t> position_of;   // [tokens]
+  struct Plan {
+    int64_t group, kv_heads;
+    std::vector<Unit> units;
+    std::vector<Unit> split;  // the first of every run of partial results
+    int64_t partial_floats;
+  };
+  std::vector<Plan> plans;
+  std::vector<int> plan_of;  // [layers]
+
+  int64_t stride = 0, qkv_stride = 0, mixed_stride = 0, ffn_stride = 0;
+  Buffer<float> x, qkv, mixed, ffn, ffn_up, cosine, sine, partial, rows;
+  Ready shared;
+  std::vector<std::unique_ptr<Ready>> own;
+  std::vector<std::unique_ptr<Buffer<float>>> scratch;
+  struct Best {
+    Buffer<float> value, poison;
+    Buffer<int32_t> index;
+  };
+  std::vector<std::unique_ptr<Best>> found;
+
+  // The caller's clock: what has passed since the last mark was spent in this phase.
+  double seconds[Model::phase_count] = {};
+  std::chrono::steady_clock::time_point mark{};
+  void spent(const Rank& rank, int phase) {
+    if (rank.id != 0) return;
+    const auto now = std::chrono::steady_clock::now();
+    if (phase >= 0) seconds[phase] += std::chrono::duration<double>(now - mark).count();
+    mark = now;
+  }
+
+  int64_t tokens() const { return step->token_count; }
+  bool evenly(int64_t tokens) const { return tokens < dynamic_tokens; }
+};
+
+namespace {
+
+// What a phase multiplies: weights that read the same input, and where their products go.
+struct Product {
+  const PackedMatrix* weight;
+  Epilogue epilogue;
+};
+
+}  // namespace
+
+static Epilogue to(Epilogue::What what, float* y, int64_t stride, const Floats* bias, int64_t rows) {
+  Epilogue e{};
+  e.what = what;
+  e.y = y;
+  e.stride = stride;
+  e.bias = bias && !bias->empty() ? bias->data() : nullptr;
+  e.rows = rows;
+  return e;
+}
+
+// Makes `tokens` rows of an input ready for these weights, alone or together with the other threads.
+static void prepare(const Ops& ops, bool exact, const ModelShape& shape, const Input& in, int64_t tokens,
+                    const std::vector<Product>& products, Ready& ready, Rank& rank, bool alone, Acts* acts) {
+  const int64_t blocks = padded(in.columns) / BlockColumns, width = blocks * BlockColumns;
+  bool codes = false;
+  for (const Product& p : products) codes |= is_integer(p.weight->matrix.kind) && !exact;
+  const bool copies = in.norm || in.columns % BlockColumns;
+  // A normed row is kept where floats are wanted; else it only passes through on its way to codes.
+  float* x = copies ? ready.x.data() : nullptr;
+  int8_t* q = ready.q.data();
+  float* scale = ready.scale.data();
+  const bool one = products.size() == 1;
+  int span = 2;
+  for (const Product& p : products) span = std::min(span, span_of(p.weight->matrix));
+  const int32_t factor = one ? sum_factor(products[0].weight->matrix) : 1;
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const float* row = in.x + t * in.stride;
+      if (copies) {
+        float* y = x + t * width;
+        if (in.norm) {
+          ops.norm(shape.norm, row, in.norm->weight.data(), in.norm->bias.empty() ? nullptr : in.norm->bias.data(),
+                   in.columns, shape.norm_eps, y);
+        } else {
+          std::memcpy(y, row, sizeof(float) * in.columns);
+          std::fill(y + in.columns, y + width, 0.0f);
+        }
+        row = y;
+      }
+      if (!codes) continue;
+      int32_t* sums = ready.sums[0].data() + t * blocks;
+      ops.quantize(row, blocks, span, factor, q + t * width, scale + t * blocks, sums);
+      if (one) continue;
+      for (size_t i = products.size(); i-- > 0;) {  // the first last: the others are made from it
+        const int32_t f = sum_factor(products[i].weight->matrix);
+        int32_t* scaled = ready.sums[i].data() + t * blocks;
+        for (int64_t b = 0; b < blocks; ++b) scaled[b] = f * sums[b];
+      }
+    }
+  };
+  if (alone) {
+    body(0, tokens);
+  } else {
+    rank.share(tokens, 4, true, body);
+    rank.barrier();
+  }
+  for (size_t i = 0; i < products.size(); ++i)
+    acts[i] = {copies ? x : in.x, copies ? width : in.stride, q, scale, ready.sums[i].data(), blocks, tokens, span};
+}
+
+// The products themselves, tiles shared among the threads. A barrier must follow.
+static void multiply(const Ops& ops, bool exact, const std::vector<Product>& products, const Acts* acts, Rank& rank,
+                     bool evenly) {
+  int64_t pairs = 0;
+  for (const Product& p : products) pairs += (p.weight->matrix.tiles + 1) / 2;
+  const Acts& a = acts[0];
+  // Pieces of about half a million products are worth handing out one by one.
+  const int64_t work = a.tokens * a.blocks * BlockColumns * 2 * TileRows;
+  const int64_t grain = evenly ? 1 : std::max<int64_t>(1, (int64_t(1) << 22) / std::max<int64_t>(work, 1));
+  rank.share(pairs, grain, evenly, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (size_t i = 0; i < products.size(); ++i) {
+      const Matrix& m = products[i].weight->matrix;
+      const int64_t count = (m.tiles + 1) / 2;
+      const int64_t from = std::max(begin, first) - first, until = std::min(end, first + count) - first;
+      if (from < until) ops.matmul(m, acts[i], exact, 2 * from, std::min(2 * until, m.tiles), products[i].epilogue);
+      first += count;
+    }
+  });
+}
+
+Model::Model(ModelShape s, Weight embedding, Weight head, NormWeights final_norm)
+    : shape(std::move(s)), embedding_(std::move(embedding)), head_(std::move(head)), run_(new Run) {
+  require(shape.hidden_size > 0 && shape.vocab_size > 0 && shape.max_positions > 0, "the model is empty");
+  require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= 1024, "head_dim must be even, up to 1024");
+  require(int64_t(shape.inverse_frequencies.size()) == shape.head_dim / 2, "inverse_frequencies must be half a head");
+  for (const Weight& w : {embedding_, head_}) {
+    require(w && w->matrix.columns == shape.hidden_size && w->matrix.rows == shape.vocab_size,
+            "embedding and head must be [vocab_size, hidden_size]");
+  }
+  final_norm_ = padded_norm(std::move(final_norm), shape.hidden_size, "the final norm");
+}
+
+Model::~Model() { release_pages(); }
+
+void Model::release_pages() {
+  if (pages_.data) munmap(pages_.data, pages_.size);
+  pages_ = {};
+  blocks_ = 0;
+}
+
+void Model::add_layer(LayerWeights w) {
+  auto layer = std::make_unique<Layer>();
+  const std::string where = "layer " + std::to_string(layers_.size()) + ": ";
+  require(w.heads > 0 && w.kv_heads > 0 && w.heads % w.kv_heads == 0 && w.ffn_width > 0, where + "bad head counts");
+  require(w.heads / w.kv_heads <= MaxQueryRows, where + "too many query heads for a key-value head");
+  layer->q_size = w.heads * shape.head_dim;
+  layer->kv_size = w.kv_heads * shape.head_dim;
+  layer->group = w.heads / w.kv_heads;
+  const int64_t sizes[3] = {layer->q_size, layer->kv_size, layer->kv_size};
+  auto fits = [&](const Weight& m, int64_t rows, int64_t columns, const char* what) {
+    require(m && m->matrix.rows == rows && m->matrix.columns == columns, where + what + " has another shape");
+  };
+  auto with_bias = [&](Floats& bias, const Weight& m, const char* what) {
+    require(bias.empty() || int64_t(bias.size()) == m->matrix.rows, where + what + ": bias has another size");
+    if (!bias.empty()) bias.resize(m->matrix.tiles * TileRows);
+  };
+  require(w.qkv.size() == 1 || w.qkv.size() == 3, where + "q, k and v must be one weight or three");
+  require(w.qkv_bias.size() == w.qkv.size(), where + "one bias for each weight of q, k and v");
+  if (w.qkv.size() == 1) {
+    fits(w.qkv[0], sizes[0] + 2 * sizes[1], shape.hidden_size, "qkv");
+    layer->qkv_at = {0};
+    layer->k_at = sizes[0];
+    layer->v_at = sizes[0] + sizes[1];
+    layer->qkv_stride = tile_padded(sizes[0] + 2 * sizes[1]);
+  } else {
+    for (int i = 0; i < 3; ++i) fits(w.qkv[i], sizes[i], shape.hidden_size, "q, k or v");
+    layer->k_at = tile_padded(sizes[0]);
+    layer->v_at = layer->k_at + tile_padded(sizes[1]);
+    layer->qkv_at = {0, layer->k_at, layer->v_at};
+    layer->qkv_stride = layer->v_at + tile_padded(sizes[2]);
+  }
+  layer->q_at = 0;
+  for (size_t i = 0; i < w.qkv.size(); ++i) with_bias(w.qkv_bias[i], w.qkv[i], "qkv");
+  require(w.gate_up.size() == 1 || w.gate_up.size() == 2, where + "gate and up must be one weight or two");
+  require(w.gate_up_bias.size() == w.gate_up.size(), where + "one bias for each weight of gate and up");
+  for (const Weight& m : w.gate_up)
+    fits(m, w.gate_up.size() == 1 ? 2 * w.ffn_width : w.ffn_width, shape.hidden_size, "gate or up");
+  if (w.gate_up.size() == 1) {
+    const Matrix& m = w.gate_up[0]->matrix;
+    require(m.tiles == 2 * (tile_padded(w.ffn_width) / TileRows), where + "gate and up are not in turns of tiles");
+    Floats& bias = w.gate_up_bias[0];  // comes as gate, then up: is laid out as the tiles are
+    require(bias.empty() || int64_t(bias.size()) == 2 * w.ffn_width, where + "gate and up: bias has another size");
+    if (!bias.empty()) {
+      Floats laid(m.tiles * TileRows);
+      for (int64_t i = 0; i < w.ffn_width; ++i)
+        for (int64_t up = 0; up < 2; ++up)
+          laid[(2 * (i / TileRows) + up) * TileRows + i % TileRows] = bias[up * w.ffn_width + i];
+      bias = std::move(laid);
+    }
+  } else {
+    for (size_t i = 0; i < 2; ++i) with_bias(w.gate_up_bias[i], w.gate_up[i], "gate or up");
+  }
+  layer->ffn_stride = tile_padded(w.ffn_width);
+  fits(w.output, shape.hidden_size, layer->q_size, "the attention's output");
+  fits(w.down, shape.hidden_size, w.ffn_width, "down");
+  with_bias(w.output_bias, w.output, "the attention's output");
+  with_bias(w.down_bias, w.down, "down");
+  w.attention_norm = padded_norm(std::move(w.attention_norm), shape.hidden_size, (where + "attention norm").c_str());
+  w.ffn_norm = padded_norm(std::move(w.ffn_norm), shape.hidden_size, (where + "ffn norm").c_str());
+  layer->w = std::move(w);
+  const std::scoped_lock lock(mutex_);
+  release_pages();
+  layers_.push_back(std::move(layer));
+}
+
+int64_t Model::block_bytes() const {
+  int64_t total = 0;
+  for (const auto& layer : layers_) total += layer->w.kv_heads * page_bytes(kv_kind_, shape.head_dim);
+  return total;
+}
+
+void Model::allocate(int64_t blocks, KvKind kind) {
+  require(blocks > 0 && blocks <= (int64_t(1) << 31) - 1, "the number of blocks must be from 1 to 2^31 - 1");
+  const std::scoped_lock lock(mutex_);
+  std::vector<int64_t> offsets;
+  size_t size = 0;
+  for (const auto& layer : layers_) {
+    offsets.push_back(int64_t(size));
+    size += size_t(blocks) * size_t(layer->w.kv_heads * page_bytes(kind, shape.head_dim));
+  }
+  require(size > 0, "the model has no layers");
+  void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (data == MAP_FAILED) throw std::bad_alloc();
+  release_pages();
+  kv_kind_ = kind;
+  layer_offset_ = std::move(offsets);
+  pages_ = {static_cast<uint8_t*>(data), size};
+  blocks_ = blocks;
+}
+
+void Model::check(const Step& s) const {
+  require(!layers_.empty(), "the model has no layers");
+  require(blocks_ > 0, "the KV cache has not been allocated");
+  require(s.token_count > 0 && s.token_count <= max_step_tokens, "a step takes 1 to 65536 tokens");
+  require(s.sequences > 0 && s.query_start[0] == 0 && s.query_start[s.sequences] == s.token_count,
+          "query_start must begin with 0 and end with the number of tokens");
+  for (int64_t t = 0; t < s.token_count; ++t)
+    require(0 <= s.tokens[t] && s.tokens[t] < shape.vocab_size,
+            "token " + std::to_string(s.tokens[t]) + " is not in the vocabulary");
+  for (int64_t i = 0; i < s.sequences; ++i) {
+    const std::string where = "sequence " + std::to_string(i) + ": ";
+    const int64_t count = int64_t(s.query_start[i + 1]) - s.query_start[i];
+    require(count > 0 && s.query_start[i + 1] <= s.token_count, where + "query_start does not rise");
+    require(s.context[i] >= count && s.context[i] <= shape.max_positions,
+            where + "its context must hold its new tokens, and be no more than max_positions");
+    const int64_t used = (s.context[i] + PageTokens - 1) / PageTokens;
+    require(used <= s.table_width, where + "its block table is too short for its context");
+    for (int64_t b = 0; b < used; ++b) {
+      const int32_t block = s.tables[i * s.table_width + b];
+      require(0 <= block && block < blocks_, where + "block " + std::to_string(block) + " does not exist");
+    }
+  }
+  for (int64_t r = 0; r < s.row_count; ++r)
+    require(0 <= s.rows[r] && s.rows[r] < s.token_count, "a row of the results is no token of the step");
+}
+
+// Pieces of attention for layers with so many key-value heads and query heads to each.
+static void plan_units(const Step& s, int64_t group, int64_t kv_heads, int64_t head_dim, int threads, auto& plan) {
+  plan.units.clear();
+  plan.split.clear();
+  plan.partial_floats = 0;
+  const int64_t per_unit = std::max<int64_t>(1, MaxQueryRows / group);
+  int64_t whole = 0;
+  for (int64_t i = 0; i < s.sequences; ++i)
+    whole += (s.query_start[i + 1] - s.query_start[i] + per_unit - 1) / per_unit * kv_heads;
+  for (int64_t i = 0; i < s.sequences; ++i) {
+    const int64_t count = s.query_start[i + 1] - s.query_start[i];
+    for (int64_t first = 0; first < count; first += per_unit) {
+      const int64_t tokens = std::min(per_unit, count - first);
+      const int64_t position = s.context[i] - count + first, end = position + tokens;
+      int64_t splits = 1;
+      if (threads > 1 && whole < 2 * threads) splits = std::clamp<int64_t>(end / split_context, 1, 2 * threads);
+      const int64_t part = (end + splits * PageTokens - 1) / (splits * PageTokens) * PageTokens;
+      splits = (end + part - 1) / part;
+      for (int64_t head = 0; head < kv_heads; ++head)
+        for (int64_t k = 0; k < splits; ++k) {
+          plan.units.push_back({int32_t(i), int32_t(head), int32_t(s.query_start[i] + first), int32_t(tokens), position,
+                                k * part, std::min(end, (k + 1) * part), -1, int32_t(splits)});
+          if (splits == 1) continue;
+          auto& unit = plan.units.back();
+          unit.split = int32_t(plan.partial_floats / (MaxQueryRows * (head_dim + 2)));
+          plan.partial_floats += MaxQueryRows * (head_dim + 2);
+          if (k == 0) plan.split.push_back(unit);
+        }
+    }
+  }
+}
+
+void Model::execute(Run& run) {
+  const Ops& ops = engine_ops();
+  run.ops = &ops;
+  const bool steps = run.what != Run::head;
+  const int64_t tokens = steps ? run.tokens() : run.state_count;
+  run.stride = padded(shape.hidden_size);
+  int64_t widest = run.stride;
+  run.qkv_stride = run.mixed_stride = run.ffn_stride = 0;
+  for (const auto& layer : layers_) {
+    run.qkv_stride = std::max(run.qkv_stride, layer->qkv_stride);
+    run.mixed_stride = std::max(run.mixed_stride, padded(layer->q_size));
+    run.ffn_stride = std::max(run.ffn_stride, padded(layer->ffn_stride));
+  }
+  widest = std::max({widest, run.mixed_stride, run.ffn_stride});
+  const int64_t blocks = widest / BlockColumns;
+  auto size_ready = [&](Ready& ready, int64_t rows) {
+    ready.x.get(rows * widest);
+    ready.q.get(rows * widest);
+    ready.scale.get(rows * blocks);
+    for (auto& sums : ready.sums) sums.get(rows * blocks);
+  };
+  size_ready(run.shared, tokens);
+  const int threads = std::max(1, run.options.threads);
+  while (int(run.own.size()) < threads) {
+    run.own.push_back(std::make_unique<Ready>());
+    run.scratch.push_back(std::make_unique<Buffer<float>>());
+    run.found.push_back(std::make_unique<Run::Best>());
+  }
+  for (int i = 0; i < threads; ++i) {
+    size_ready(*run.own[i], redundant_tokens);
+    run.scratch[i]->get(scratch_floats(shape.head_dim));
+    if (run.what == Run::best) {
+      const int64_t rows = run.step->row_count;
+      std::fill_n(run.found[i]->value.get(rows), rows, -INFINITY);
+      std::fill_n(run.found[i]->index.get(rows), rows, 0);
+      std::fill_n(run.found[i]->poison.get(rows * TileRows), rows * TileRows, 0.0f);
+    }
+  }
+  if (steps) {
+    const Step& s = *run.step;
+    run.x.get(tokens * run.stride);
+    run.qkv.get(tokens * run.qkv_stride);
+    run.mixed.get(tokens * run.mixed_stride);
+    run.ffn.get(tokens * run.ffn_stride);
+    run.ffn_up.get(tokens * run.ffn_stride);
+    run.cosine.get(tokens * shape.head_dim / 2);
+    run.sine.get(tokens * shape.head_dim / 2);
+    run.rows.get(std::max<int64_t>(1, s.row_count) * run.stride);
+    run.sequence_of.resize(tokens);
+    run.position_of.resize(tokens);
+    for (int64_t i = 0; i < s.sequences; ++i)
+      for (int64_t t = s.query_start[i]; t < s.query_start[i + 1]; ++t) {
+        run.sequence_of[t] = int32_t(i);
+        run.position_of[t] = int32_t(s.context[i] - s.query_start[i + 1] + t);
+      }
+    run.plans.clear();
+    run.plan_of.clear();
+    int64_t partial = 0;
+    for (const auto& layer : layers_) {
+      int found = -1;
+      for (size_t p = 0; p < run.plans.size(); ++p)
+        if (run.plans[p].group == layer->group && run.plans[p].kv_heads == layer->w.kv_heads) found = int(p);
+      if (found < 0) {
+        found = int(run.plans.size());
+        run.plans.push_back({layer->group, layer->w.kv_heads, {}, {}, 0});
+        plan_units(s, layer->group, layer->w.kv_heads, shape.head_dim, threads, run.plans.back());
+        partial = std::max(partial, run.plans.back().partial_floats);
+      }
+      run.plan_of.push_back(found);
+    }
+    run.partial.get(std::max<int64_t>(1, partial));
+  } else {
+    run.rows.get(tokens * run.stride);
+  }
+  Team::instance().run(threads, [&](Rank& rank) {
+    if (steps) blocks_of(run, rank);
+    if (run.what != Run::hidden) finish(run, rank);
+  });
+}
+
+// Embedding and blocks; the rows that are wanted end in run.rows (or in run.out, if hidden states are).
+void Model::blocks_of(Run& run, Rank& rank) {
+  const Step& s = *run.step;
+  const Ops& ops = *run.ops;
+  const bool exact = run.options.exact;
+  const int64_t tokens = run.tokens(), dim = shape.head_dim, half = dim / 2;
+  const bool alone = tokens <= redundant_tokens, evenly = run.evenly(tokens);
+  Ready& ready = alone ? *run.own[rank.id] : run.shared;
+  float* x = run.x.data();
+  run.spent(rank, -1);
+  rank.share(tokens, 1, true, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      row_floats(embedding_->matrix, s.tokens[t], x + t * run.stride);
+      for (int64_t i = 0; i < half; ++i) {
+        const float angle = float(run.position_of[t]) * shape.inverse_frequencies[i];
+        run.cosine.data()[t * half + i] = float(std::cos(double(angle)));
+        run.sine.data()[t * half + i] = float(std::sin(double(angle)));
+      }
+    }
+  });
+  rank.barrier();
+  run.spent(rank, 0);
+  const float q_scale = 1.4426950408889634f / std::sqrt(float(dim));
+  std::vector<Product> products;
+  Acts acts[3];
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const Layer& layer = *layers_[l];
+    const Run::Plan& plan = run.plans[run.plan_of[l]];
+    float *qkv = run.qkv.data(), *mixed = run.mixed.data(), *ffn = run.ffn.data();
+    // 1. norm, q, k and v
+    products.clear();
+    for (size_t i = 0; i < layer.w.qkv.size(); ++i)
+      products.push_back({layer.w.qkv[i].get(), to(Epilogue::store, qkv + layer.qkv_at[i], run.qkv_stride,
+                                                   &layer.w.qkv_bias[i], layer.w.qkv[i]->matrix.tiles * TileRows)});
+    prepare(ops, exact, shape, {x, run.stride, shape.hidden_size, &layer.w.attention_norm}, tokens, products, ready,
+            rank, alone, acts);
+    run.spent(rank, 1);
+    multiply(ops, exact, products, acts, rank, evenly);
+    rank.barrier();
+    run.spent(rank, 2);
+    // 2. rotation, and keys and values into the cache
+    const int64_t heads = layer.w.heads, kv_heads = layer.w.kv_heads, page = page_bytes(kv_kind_, dim);
+    uint8_t* pages = pages_.data + layer_offset_[l];
+    rank.share(tokens * (heads + kv_heads), tokens == 1 ? 1 : heads + kv_heads, true, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t t = item / (heads + kv_heads), head = item % (heads + kv_heads);
+        float* row = qkv + t * run.qkv_stride;
+        const float *cosine = run.cosine.data() + t * half, *sine = run.sine.data() + t * half;
+        if (head < heads) {
+          ops.rotate(row + layer.q_at + head * dim, cosine, sine, dim, q_scale);
+          continue;
+        }
+        const int64_t h = head - heads, position = run.position_of[t];
+        float* key = row + layer.k_at + h * dim;
+        ops.rotate(key, cosine, sine, dim, 1.0f);
+        const int64_t block = s.tables[run.sequence_of[t] * s.table_width + position / PageTokens];
+        ops.cache(pages + (block * kv_heads + h) * page, kv_kind_, dim, int(position % PageTokens), key,
+                  row + layer.v_at + h * dim);
+      }
+    });
+    rank.barrier();
+    run.spent(rank, 3);
+    // 3. attention
+    rank.share(int64_t(plan.units.size()), 1, evenly && plan.units.size() < 8, [&](int64_t begin, int64_t end) {
+      for (int64_t u = begin; u < end; ++u) {
+        const Unit& unit = plan.units[u];
+        Attend a{};
+        a.q = qkv + unit.first * run.qkv_stride + layer.q_at + unit.kv_head * layer.group * dim;
+        a.q_stride = run.qkv_stride;
+        a.tokens = unit.tokens;
+        a.group = int(layer.group);
+        a.head_dim = dim;
+        a.kind = kv_kind_;
+        a.pages = pages + unit.kv_head * page;
+        a.block_stride = kv_heads * page;
+        a.table = s.tables + unit.sequence * s.table_width;
+        a.position = unit.position;
+        a.begin = unit.begin;
+        a.end = unit.end;
+        a.out_stride = run.mixed_stride;
+        if (unit.split < 0)
+          a.out = mixed + unit.first * run.mixed_stride + unit.kv_head * layer.group * dim;
+        else
+          a.partial = run.partial.data() + int64_t(unit.split) * MaxQueryRows * (dim + 2);
+        a.scratch = run.scratch[rank.id]->data();
+        ops.attend(a);
+      }
+    });
+    rank.barrier();
+    if (!plan.split.empty()) {
+      rank.share(int64_t(plan.split.size()), 1, true, [&](int64_t begin, int64_t end) {
+        for (int64_t u = begin; u < end; ++u) {
+          const Unit& unit = plan.split[u];
+          const int64_t size = MaxQueryRows * (dim + 2);
+          const float* first = run.partial.data() + int64_t(unit.split) * size;
+          for (int64_t r = 0; r < unit.tokens * layer.group; ++r) {
+            float most = -INFINITY, total = 0.0f;
+            for (int k = 0; k < unit.splits; ++k) most = std::max(most, first[k * size + r * (dim + 2) + dim]);
+            float* out = mixed + (unit.first + r / layer.group) * run.mixed_stride +
+                         (unit.kv_head * layer.group + r % layer.group) * dim;
+            std::fill(out, out + dim, 0.0f);
+            for (int k = 0; k < unit.splits; ++k) {
+              const float* part = first + k * size + r * (dim + 2);
+              const float weight = std::exp2(part[dim] - most);
+              total += weight * part[dim + 1];
+              for (int64_t d = 0; d < dim; ++d) out[d] += weight * part[d];
+            }
+            for (int64_t d = 0; d < dim; ++d) out[d] /= total;
+          }
+        }
+      });
+      rank.barrier();
+    }
+    run.spent(rank, 4);
+    // 4. output projection onto the residual
+    products = {{layer.w.output.get(), to(Epilogue::accumulate, x, run.stride, &layer.w.output_bias, run.stride)}};
+    prepare(ops, exact, shape, {mixed, run.mixed_stride, layer.q_size, nullptr}, tokens, products, ready, rank, alone,
+            acts);
+    run.spent(rank, 5);
+    multiply(ops, exact, products, acts, rank, evenly);
+    rank.barrier();
+    run.spent(rank, 6);
+    // 5. norm, gate and up, activation
+    products.clear();
+    const bool fused = layer.w.gate_up.size() == 1;
+    for (size_t i = 0; i < layer.w.gate_up.size(); ++i) {
+      Epilogue e = to(fused ? Epilogue::gate : Epilogue::store, i ? run.ffn_up.data() : ffn, run.ffn_stride,
+                      &layer.w.gate_up_bias[i], layer.ffn_stride);
+      e.activation = shape.activation;
+      products.push_back({layer.w.gate_up[i].get(), e});
+    }
+    prepare(ops, exact, shape, {x, run.stride, shape.hidden_size, &layer.w.ffn_norm}, tokens, products, ready, rank,
+            alone, acts);
+    run.spent(rank, 1);
+    multiply(ops, exact, products, acts, rank, evenly);
+    rank.barrier();
+    if (!fused) {
+      rank.share(tokens, 1, true, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+          float* row = ffn + t * run.ffn_stride;
+          ops.gate(shape.activation, row, run.ffn_up.data() + t * run.ffn_stride, layer.ffn_stride, row);
+        }
+      });
+      rank.barrier();
+    }
+    run.spent(rank, 7);
+    // 6. down onto the residual
+    products = {{layer.w.down.get(), to(Epilogue::accumulate, x, run.stride, &layer.w.down_bias, run.stride)}};
+    prepare(ops, exact, shape, {ffn, run.ffn_stride, layer.w.ffn_width, nullptr}, tokens, products, ready, rank, alone,
+            acts);
+    run.spent(rank, 8);
+    multiply(ops, exact, products, acts, rank, evenly);
+    rank.barrier();
+    run.spent(rank, 9);
+  }
+  rank.share(s.row_count, 1, true, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const float* row = x + s.rows[r] * run.stride;
+      if (run.what == Run::hidden)
+        std::memcpy(run.out + r * shape.hidden_size, row, sizeof(float) * shape.hidden_size);
+      else
+        std::memcpy(run.rows.data() + r * run.stride, row, sizeof(float) * run.stride);
+    }
+  });
+  rank.barrier();
+}
+
+// Final norm and head over run.rows.
+void Model::finish(Run& run, Rank& rank) {
+  const Ops& ops = *run.ops;
+  const bool exact = run.options.exact;
+  const int64_t rows = run.what == Run::head ? run.state_count : run.step->row_count;
+  run.spent(rank, -1);
+  if (run.what == Run::head) {
+    rank.share(rows, 1, true, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) {
+        float* row = run.rows.data() + r * run.stride;
+        std::memcpy(row, run.states + r * shape.hidden_size, sizeof(float) * shape.hidden_size);
+        std::fill(row + shape.hidden_size, row + run.stride, 0.0f);
+      }
+    });
+    rank.barrier();
+  }
+  if (rows == 0) return;
+  Epilogue e = to(run.what == Run::best ? Epilogue::best : Epilogue::store, run.out, shape.vocab_size, nullptr,
+                  shape.vocab_size);
+  if (run.what == Run::best) {
+    Run::Best& best = *run.found[rank.id];
+    e.best_value = best.value.data();
+    e.best_index = best.index.data();
+    e.poison = best.poison.data();
+  }
+  const std::vector<Product> products{{head_.get(), e}};
+  Acts acts[3];
+  const bool alone = rows <= redundant_tokens;
+  prepare(ops, exact, shape, {run.rows.data(), run.stride, shape.hidden_size, &final_norm_}, rows, products,
+          alone ? *run.own[rank.id] : run.shared, rank, alone, acts);
+  multiply(ops, exact, products, acts, rank, run.evenly(rows));
+  rank.barrier();
+  run.spent(rank, 10);
+}
+
+std::vector<double> Model::phase_seconds() {
+  const std::scoped_lock lock(mutex_);
+  std::vector<double> found(run_->seconds, run_->seconds + phase_count);
+  std::fill(run_->seconds, run_->seconds + phase_count, 0.0);
+  return found;
+}
+
+void Model::logits(const Step& step, const Options& options, float* out) {
+  const std::scoped_lock lock(mutex_);
+  check(step);
+  Run& run = *run_;
+  run.step = &step;
+  run.options = options;
+  run.what = Run::logits;
+  run.out = out;
+  execute(run);
+}
+
+void Model::hidden(const Step& step, const Options& options, float* out) {
+  const std::scoped_lock lock(mutex_);
+  check(step);
+  Run& run = *run_;
+  run.step = &step;
+  run.options = options;
+  run.what = Run::hidden;
+  run.out = out;
+  execute(run);
+}
+
+bool Model::best(const Step& step, const Options& options, int32_t* tokens) {
+  const std::scoped_lock lock(mutex_);
+  check(step);
+  Run& run = *run_;
+  run.step = &step;
+  run.options = options;
+  run.what = Run::best;
+  run.out = nullptr;
+  execute(run);
+  bool finite = true;
+  const int threads = std::max(1, options.threads);
+  for (int64_t r = 0; r < step.row_count; ++r) {
+    float most = -INFINITY, poison = 0.0f;
+    int32_t index = 0;
+    for (int i = 0; i < threads; ++i) {
+      const Run::Best& found = *run.found[i];
+      const float value = found.value.data()[r];
+      // Of equals the first, as argmax has it.
+      if (value > most || (value == most && found.index.data()[r] < index)) {
+        most = value;
+        index = found.index.data()[r];
+      }
+      for (int k = 0; k < TileRows; ++k) poison += found.poison.data()[r * TileRows + k];
+    }
+    finite = finite && poison == 0.0f && std::isfinite(most);
+    tokens[r] = index;
+  }
+  return finite;
+}
+
+void Model::head(const float* states, int64_t rows, const Options& options, float* out) {
+  const std::scoped_lock lock(mutex_);
+  if (rows == 0) return;
+  require(rows <= max_step_tokens, "too many rows at once");
+  Run& run = *run_;
+  run.step = nullptr;
+  run.options = options;
+  run.what = Run::head;
+  run.out = out;
+  run.states = states;
+  run.state_count = rows;
+  execute(run);
+}
+
+}  // namespace gossamer

@@ -1,0 +1,144 @@
+#include "team.hpp"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <system_error>
+#include <thread>
+
+namespace gossamer {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+using std::chrono::microseconds;
+
+// Between two phases of a step nobody waits for long, unless the other has lost its core.
+constexpr auto spin_in_step = microseconds(60);
+// Between two steps the caller samples and schedules.
+constexpr auto spin_between_steps = microseconds(200);
+constexpr auto hold_up = microseconds(700);
+constexpr auto shortest_penalty = microseconds(20'000), longest_penalty = microseconds(1'000'000);
+
+inline void pause_core() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Waits until `value` is something else than `old`: spins first, then sleeps on it.
+int wait_change(const std::atomic<int>& value, int old, microseconds spin) {
+  for (int i = 0; i < 64; ++i) {
+    if (const int now = value.load(std::memory_order_acquire); now != old) return now;
+    pause_core();
+  }
+  const auto end = Clock::now() + spin;
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (const int now = value.load(std::memory_order_acquire); now != old) return now;
+      pause_core();
+    }
+  } while (Clock::now() < end);
+  value.wait(old, std::memory_order_acquire);
+  return value.load(std::memory_order_acquire);
+}
+
+std::atomic<Team*> team{nullptr};
+
+}  // namespace
+
+Team::Team() : penalty_(shortest_penalty) {}
+
+Team& Team::instance() {
+  // Never destroyed: its threads live as long as the process. A forked child starts over with a team of its own.
+  static const bool made = [] {
+    team = new Team;
+    pthread_atfork(nullptr, nullptr, [] { team = new Team; });
+    return true;
+  }();
+  (void)made;
+  return *team;
+}
+
+void Rank::barrier() {
+  if (count == 1) return;
+  const int generation = team_.generation_.load(std::memory_order_relaxed);
+  if (team_.arrived_.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
+    team_.arrived_.store(0, std::memory_order_relaxed);
+    team_.generation_.store(generation + 1, std::memory_order_release);
+    team_.generation_.notify_all();
+    return;
+  }
+  for (int i = 0; i < 64; ++i) {  // most waits end here, and never look at the clock
+    if (team_.generation_.load(std::memory_order_acquire) != generation) return;
+    pause_core();
+  }
+  const auto began = Clock::now();
+  for (int now = generation; now == generation;) now = wait_change(team_.generation_, generation, spin_in_step);
+  if (Clock::now() - began > hold_up) team_.held_up_.store(true, std::memory_order_relaxed);
+}
+
+std::atomic<int64_t>& Rank::claims(int64_t phase) {
+  // A barrier lies between two phases, so nobody is still in the one before the last.
+  if (id == 0) team_.claims_[(phase + 2) % 4].next.store(0, std::memory_order_relaxed);
+  return team_.claims_[phase % 4].next;
+}
+
+int Team::grow(int wanted) {
+  while (int(workers_.size()) < wanted) {
+    workers_.push_back(std::make_unique<Worker>());
+    try {
+      std::thread(&Team::work, this, workers_.back().get(), int(workers_.size())).detach();
+    } catch (const std::system_error&) {  // no more threads to be had: go on with those that exist
+      workers_.pop_back();
+      break;
+    }
+  }
+  return std::min(int(workers_.size()), wanted);
+}
+
+void Team::work(Worker* worker, int id) {
+  for (int seen = 0;;) {
+    seen = wait_change(worker->posted, seen, spin_between_steps);
+    Rank rank(*this, id, size_);
+    function_(body_, rank);
+    rank.barrier();
+  }
+}
+
+int Team::allowed(int threads) const { return Clock::now() < alone_until_ ? std::max(1, threads / 2) : threads; }
+
+void Team::judge(int threads) {
+  if (held_up_.exchange(false, std::memory_order_relaxed)) {
+    alone_until_ = Clock::now() + penalty_;
+    penalty_ = std::min(2 * penalty_, longest_penalty);
+  } else if (threads == size_) {
+    penalty_ = std::max(penalty_ - penalty_ / 64, shortest_penalty);
+  }
+}
+
+void Team::run_function(int threads, Function function, const void* body) {
+  const std::unique_lock lock(busy_, std::try_to_lock);
+  if (!lock || threads <= 1) {  // another thread has the team: work alone
+    Rank alone(*this, 0, 1);
+    function(body, alone);
+    return;
+  }
+  size_ = 1 + grow(allowed(threads) - 1);
+  last_ = size_;
+  function_ = function;
+  body_ = body;
+  for (Claim& claim : claims_) claim.next.store(0, std::memory_order_relaxed);
+  ++step_;
+  for (int i = 0; i + 1 < size_; ++i) {
+    workers_[i]->posted.store(step_, std::memory_order_release);
+    workers_[i]->posted.notify_all();
+  }
+  Rank rank(*this, 0, size_);
+  function(body, rank);
+  rank.barrier();
+  judge(threads);
+}
+
+}  // namespace gossamer

@@ -1,0 +1,183 @@
+"""The C++ executor as a whole against the Decoder, on every instruction set: random steps of random ragged models.
+
+Bounds are relative to the spread of the logits. With a float32 cache and exact activations only the order of sums
+differs. bfloat16 keeps 8 bits of keys and values, int8 7 bits of the largest in a head; int8 activations 7 of a block.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engine_batches import NUM_BLOCKS, RAGGED, check, random_steps
+from gossamer.checkpoint import open_checkpoint
+from gossamer.checkpoint.load import load_decoder
+from gossamer.engine.backend import Batch
+from gossamer.engine.cpu import CpuBackend
+from gossamer.errors import EngineError
+from gossamer.model.decoder import Decoder
+
+SEEDS = range(3)
+WIDE = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 70}
+"""Many heads to one, narrower than any vector, and widths that fill neither tiles nor blocks."""
+
+
+@pytest.fixture(scope="module", params=["dense", "packed", "biases", "wide", "packed-gelu"])
+def folder(request, write_tiny_model, tmp_path_factory):
+    changes = {"max_position_embeddings": 300}
+    if request.param == "wide":
+        changes |= WIDE | {"num_hidden_layers": 2}
+    else:
+        changes |= {"num_hidden_layers": len(RAGGED), "gossamer_layers": RAGGED}
+    if request.param == "biases":
+        changes |= {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+    if request.param == "packed-gelu":
+        changes |= {"hidden_act": "gelu_pytorch_tanh"}
+    path = tmp_path_factory.mktemp("models") / request.param
+    return write_tiny_model(path, packed=request.param.startswith("packed"), **changes)
+
+
+@pytest.fixture(scope="module")
+def oracle(folder) -> Decoder:
+    return load_decoder(open_checkpoint(folder))
+
+
+@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.3), ("int8", 0.5)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_random_steps(isa, folder, oracle, kv_dtype, tolerance, threads) -> None:
+    backend = CpuBackend(open_checkpoint(folder), activations="exact", kv_dtype=kv_dtype, threads=threads)
+    for seed in SEEDS:
+        check(backend, oracle, random_steps(backend.config, seed), tolerance)
+
+
+def test_eight_bit_activations_move_logits_a_little(isa, folder, oracle) -> None:
+    backend = CpuBackend(open_checkpoint(folder), kv_dtype="fp32", threads=2)
+    if not backend.integers:
+        assert backend.activations == "exact"
+        return
+    assert backend.activations == "int8"
+    check(backend, oracle, random_steps(backend.config, 7), 1.0)
+
+
+def test_a_long_context_is_split_among_threads(isa, write_tiny_model, tmp_path) -> None:
+    """One sequence of 1000 tokens, by chunks and then token by token, as one reading of all of it."""
+    path = write_tiny_model(tmp_path / "long", max_position_embeddings=1100)
+    oracle = load_decoder(open_checkpoint(path))
+    backend = CpuBackend(open_checkpoint(path), kv_dtype="fp32", threads=3)
+    backend.reserve(70)
+    tokens = np.random.default_rng(0).integers(0, backend.config.vocab_size, 1010).astype(np.int32)
+    expected = oracle(torch.from_numpy(tokens.astype(np.int64))[None])[0]
+    start = 0
+    for count in [400, 1, 599, *[1] * 10]:
+        found = backend.forward(_one(tokens[start : start + count], start + count))
+        start += count
+        assert float((found[0] - expected[start - 1]).abs().max()) < 2e-4 * float(expected.std())
+
+
+def test_the_same_step_gives_the_same_bits(folder) -> None:
+    backend = CpuBackend(open_checkpoint(folder), threads=2)
+    backend.reserve(4)
+    step = _one(np.arange(3, 40, dtype=np.int32), 37)
+    first = backend.forward(step)
+    for _ in range(20):
+        assert torch.equal(backend.forward(step), first)
+
+
+def test_logits_that_are_no_numbers_are_reported(write_tiny_model, tmp_path) -> None:
+    path = write_tiny_model(tmp_path / "broken")
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    backend = CpuBackend(open_checkpoint(path), threads=2)
+    backend.reserve(1)
+    with pytest.raises(EngineError, match="not finite"):
+        backend.argmax(_one(np.array([3, 4], np.int32), 2))
+
+
+class TestRefusals:
+    """Steps that make no sense raise EngineError in words, and leave the model as it was."""
+
+    @pytest.fixture
+    def backend(self, tiny_model) -> CpuBackend:
+        backend = CpuBackend(open_checkpoint(tiny_model))
+        backend.reserve(4)
+        return backend
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            ({"tokens": [-1, 4]}, "tokens has -1"),
+            ({"tokens": [3, 1 << 30]}, "tokens has"),
+            ({"tokens": []}, "query_start ends with 2"),
+            ({"query_start": [0, 1]}, "query_start ends with 1"),
+            ({"query_start": [1, 2]}, "query_start begins with 1"),
+            ({"query_start": [0]}, "query_start is int32"),
+            ({"context_lens": [1]}, "context_lens"),
+            ({"context_lens": [1 << 30]}, "context_lens"),
+            ({"block_tables": [[4]]}, "block_tables has 4"),
+            ({"block_tables": [[-1]]}, "block_tables has -1"),
+            ({"logit_rows": [2]}, "logit_rows has 2"),
+            ({"logit_rows": [-1]}, "logit_rows has -1"),
+        ],
+    )
+    @pytest.mark.parametrize("method", ["forward", "hidden", "argmax"])
+    def test_batches(self, backend, change, words, method) -> None:
+        fields = {
+            "tokens": [3, 4], "query_start": [0, 2], "context_lens": [2], "block_tables": [[0]], "logit_rows": [1],
+        }  # fmt: skip
+        good = Batch(**{k: np.array(v, np.int32) for k, v in fields.items()})
+        before = backend.forward(good)
+        bad = Batch(**{k: np.array(v, np.int32) for k, v in (fields | change).items()})
+        with pytest.raises(EngineError, match=words):
+            getattr(backend, method)(bad)
+        assert torch.equal(backend.forward(good), before)
+
+    def test_dtypes_and_layouts(self, backend) -> None:
+        good = _one(np.array([3, 4], np.int32), 2)
+        for bad in (
+            Batch(good.tokens.astype(np.int64), *_rest(good)),
+            Batch(np.array([3, 0, 4, 0], np.int32)[::2], *_rest(good)),
+        ):
+            with pytest.raises(EngineError, match="tokens"):
+                backend.forward(bad)
+
+    def test_a_step_before_there_is_a_cache(self, tiny_model) -> None:
+        with pytest.raises(EngineError, match="block"):
+            CpuBackend(open_checkpoint(tiny_model)).forward(_one(np.array([3], np.int32), 1))
+
+    def test_states_of_another_width(self, backend) -> None:
+        with pytest.raises(EngineError, match="states"):
+            backend.head(torch.zeros(2, 3))
+
+
+def test_ten_thousand_steps_leave_memory_as_it_was(tiny_model) -> None:
+    import psutil
+
+    backend = CpuBackend(open_checkpoint(tiny_model), threads=2)
+    steps = [s.batch for s in random_steps(backend.config, 1)]
+    backend.reserve(NUM_BLOCKS)
+
+    def run(count: int) -> int:
+        for i in range(count):
+            (backend.forward if i % 2 else backend.argmax)(steps[i % len(steps)])
+        return int(psutil.Process().memory_info().rss)
+
+    before = run(500)
+    assert run(10_000) - before < 4 << 20
+
+
+def _one(tokens: np.ndarray, context: int) -> Batch:
+    """A step of one sequence in the first blocks; the result of its last token."""
+    return Batch(
+        tokens=np.ascontiguousarray(tokens, np.int32),
+        query_start=np.array([0, len(tokens)], np.int32),
+        context_lens=np.array([context], np.int32),
+        block_tables=np.arange(70, dtype=np.int32)[None],
+        logit_rows=np.array([len(tokens) - 1], np.int32),
+    )
+
+
+def _rest(batch: Batch) -> tuple[np.ndarray, ...]:
+    return batch.query_start, batch.context_lens, batch.block_tables, batch.logit_rows
