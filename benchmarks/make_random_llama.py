@@ -11,6 +11,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,8 +29,8 @@ def main() -> None:
     make(parser.parse_args())
 
 
-def make(args: argparse.Namespace) -> None:
-    """Write config.json, tokenizer and model.safetensors (bf16)."""
+def make(args: argparse.Namespace, **more: Any) -> None:
+    """Write config.json (with `more` in it), tokenizer and model.safetensors (bf16)."""
     hf = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -46,6 +47,7 @@ def make(args: argparse.Namespace) -> None:
         "tie_word_embeddings": True,
         "max_position_embeddings": 8192,
         "dtype": "bfloat16",
+        **more,
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "config.json").write_text(json.dumps(hf, indent=2))

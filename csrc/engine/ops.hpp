@@ -85,7 +85,7 @@ struct Epilogue {
   float* best_value;    // best: [tokens] largest result so far, and where
   int32_t* best_index;
   float* poison;        // best: [tokens, 16] stays 0 while all results are finite
-  int64_t rows;         // store and best: results past so many rows do not exist
+  int64_t rows;         // results past so many rows do not exist (gate: all rows of the tiles do)
 };
 
 // Rows of queries that share one key-value head of one sequence.

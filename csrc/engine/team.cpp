@@ -16,7 +16,9 @@ using std::chrono::microseconds;
 constexpr auto spin_in_step = microseconds(60);
 // Between two steps the caller samples and schedules.
 constexpr auto spin_between_steps = microseconds(200);
+// A step was held up if a thread waited for so long, and for so large a part of it.
 constexpr auto hold_up = microseconds(700);
+constexpr int hold_up_part = 5;
 constexpr auto shortest_penalty = microseconds(20'000), longest_penalty = microseconds(1'000'000);
 
 inline void pause_core() {
@@ -76,7 +78,7 @@ void Rank::barrier() {
   }
   const auto began = Clock::now();
   for (int now = generation; now == generation;) now = wait_change(team_.generation_, generation, spin_in_step);
-  if (Clock::now() - began > hold_up) team_.held_up_.store(true, std::memory_order_relaxed);
+  waited_ += Clock::now() - began;
 }
 
 std::atomic<int64_t>& Rank::claims(int64_t phase) {
@@ -103,14 +105,23 @@ void Team::work(Worker* worker, int id) {
     seen = wait_change(worker->posted, seen, spin_between_steps);
     Rank rank(*this, id, size_);
     function_(body_, rank);
+    report(rank);
     rank.barrier();
   }
 }
 
 int Team::allowed(int threads) const { return Clock::now() < alone_until_ ? std::max(1, threads / 2) : threads; }
 
-void Team::judge(int threads) {
-  if (held_up_.exchange(false, std::memory_order_relaxed)) {
+void Team::report(const Rank& rank) {
+  const int64_t waited = rank.waited_.count();
+  int64_t most = waited_.load(std::memory_order_relaxed);
+  while (most < waited && !waited_.compare_exchange_weak(most, waited, std::memory_order_relaxed)) {
+  }
+}
+
+void Team::judge(int threads, std::chrono::nanoseconds took) {
+  const std::chrono::nanoseconds waited(waited_.exchange(0, std::memory_order_relaxed));
+  if (waited > hold_up && hold_up_part * waited > took) {
     alone_until_ = Clock::now() + penalty_;
     penalty_ = std::min(2 * penalty_, longest_penalty);
   } else if (threads == size_) {
@@ -125,6 +136,7 @@ void Team::run_function(int threads, Function function, const void* body) {
     function(body, alone);
     return;
   }
+  const auto began = Clock::now();
   size_ = 1 + grow(allowed(threads) - 1);
   last_ = size_;
   function_ = function;
@@ -138,7 +150,8 @@ void Team::run_function(int threads, Function function, const void* body) {
   Rank rank(*this, 0, size_);
   function(body, rank);
   rank.barrier();
-  judge(threads);
+  report(rank);
+  judge(threads, Clock::now() - began);
 }
 
 }  // namespace gossamer

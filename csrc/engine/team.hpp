@@ -41,8 +41,10 @@ class Rank {
 
  private:
   std::atomic<int64_t>& claims(int64_t phase);
+  friend class Team;
   Team& team_;
   int64_t phase_ = 0;
+  std::chrono::nanoseconds waited_{0};
 };
 
 class Team {
@@ -69,7 +71,8 @@ class Team {
   int grow(int wanted);
   void work(Worker*, int id);
   int allowed(int threads) const;
-  void judge(int threads);
+  void report(const Rank&);
+  void judge(int threads, std::chrono::nanoseconds took);
 
   std::mutex busy_;
   std::vector<std::unique_ptr<Worker>> workers_;
@@ -80,7 +83,7 @@ class Team {
   std::chrono::microseconds penalty_;
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> generation_{0};
-  alignas(64) std::atomic<bool> held_up_{false};
+  alignas(64) std::atomic<int64_t> waited_{0};  // nanoseconds, by the thread that waited longest in this step
   struct alignas(64) Claim {
     std::atomic<int64_t> next{0};
   };

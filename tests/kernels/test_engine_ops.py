@@ -20,7 +20,7 @@ EPSILON = 2.0**-24
 BLOCK = 32
 SHAPES = [(64, 576, 64), (17, 96, 32), (48, 128, 128), (33, 1536, None), (3, 40, None), (16, 37, None), (1, 1, None)]
 """Rows, columns, group size (None: the row); rows that do not fill tiles, and columns that do not fill blocks."""
-TOKENS = [1, 2, 3, 5, 6, 13]
+TOKENS = [1, 2, 3, 5, 6, 13, 100]
 
 
 def inputs(tokens: int, columns: int, seed: int = 1) -> torch.Tensor:
