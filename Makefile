@@ -18,8 +18,14 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt Makefile $(shell find csrc -type f)
 
+# The extension of `make sanitize`: built apart, and put in place of the installed one when Python starts.
+SANITIZED := build/sanitize
+SANITIZED_ENV = GOSSAMER_CPU_MODULE=$$(echo "$(CURDIR)/$(SANITIZED)"/_cpu.*.so) PYTHONPATH="$(CURDIR)/tests/sanitize" \
+  LD_PRELOAD="$$(for name in asan ubsan stdc++; do gcc -print-file-name=lib$$name.so; done | tr '\n' ' ')" \
+  ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
+
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz bench-cpu lint build clean distclean
+.PHONY: help demo test fuzz sanitize bench-cpu lint build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -37,6 +43,13 @@ fuzz: $(STAMP)  ## the readers of both file formats on mutated files; what fails
 	$(INSTALL) atheris
 	$(BIN)/python tests/fuzz/fuzz_safetensors.py $(SECONDS)
 	$(BIN)/python tests/fuzz/fuzz_gguf.py $(SECONDS)
+
+sanitize: $(STAMP)  ## kernel and engine tests with checks of every address and of undefined behaviour in C++
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DGOSSAMER_SANITIZE=ON \
+	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)"
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build $(SANITIZED) --parallel $(WORKERS)
+	$(SANITIZED_ENV) $(BIN)/python -c 'from gossamer.kernels import _cpu; print("checked:", _cpu.__file__)'
+	$(SANITIZED_ENV) $(BIN)/python -m pytest --capture=sys tests/kernels tests/unit/engine/test_cpu_backend.py
 
 bench-cpu: $(STAMP)  ## our CPU engine beside llama.cpp, OpenVINO, vLLM and transformers; makes them first, an hour
 	$(BIN)/python benchmarks/bench_cpu.py

@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import psutil
 
-from gossamer.kernels import cpu
+from bandwidth import bytes_per_second, huge_array
 from gossamer.settings import cache_dir
 from peers import LLAMA_CPP, llama_cpp_tool
 from worker_loop import Request
@@ -154,14 +154,11 @@ class Memory:
     """What the kernels' own threads read from an array that no cache holds: bytes per second."""
 
     def __init__(self, threads: int) -> None:
-        self.data, self.threads = np.ones(READ_BYTES, np.uint8), threads
+        self.data, self.threads = huge_array(READ_BYTES), threads
         self.facts: dict[str, Any] = {}
 
     def sample(self, request: Request) -> float:
-        started = time.perf_counter()
-        cpu.read_bytes(self.data, self.threads)
-        cpu.read_bytes(self.data, self.threads)
-        return 2 * READ_BYTES / (time.perf_counter() - started)
+        return bytes_per_second(self.data, self.threads, times=2)
 
     def close(self) -> None:
         self.data = np.empty(0, np.uint8)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from bandwidth import huge_array
 from gossamer.kernels import cpu
 from gossamer.settings import threads as default_threads
 
@@ -60,7 +61,7 @@ def main() -> None:
     cpu.use_isa(args.isa)
     torch.set_num_threads(args.threads)
 
-    memory = np.ones(256 << 20, np.uint8)
+    memory = huge_array(256 << 20)
     print(f"isa {args.isa}, threads {args.threads}")
     print(
         f"{'weight':>13} {'format':>8} {'cold GMAC/s':>12} {'cold GB/s':>10} {'of':>6} {'share':>6} {'hot GMAC/s':>11}"
@@ -137,13 +138,18 @@ def cycle(calls: list[Callable[[], object]]) -> Iterator[Callable[[], object]]:
 
 def rate(call: Callable[[], object], seconds: float) -> float:
     """Median seconds of a call, over about this much time."""
+    return statistics.median(timings(call, seconds))
+
+
+def timings(call: Callable[[], object], seconds: float) -> list[float]:
+    """Seconds of each of several calls behind a first one, over about this much time."""
     call()
     times, end = [], time.perf_counter() + seconds
     while len(times) < 5 or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times
 
 
 def few_tokens_limit(bits: int, seconds: float) -> int:

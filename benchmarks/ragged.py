@@ -2,9 +2,9 @@
 
     python benchmarks/ragged.py [--rounds N]
 
-Two models with random 4-bit weights: SmolLM2's shape, and the same with other head counts and FFN widths in every layer,
-as structured pruning leaves them. They take turns; decoding should gain what the bytes of a token say, prefill what its
-multiplications say. Promise and gain are ratios of times, whole over cut. The last line is one JSON object.
+Two models with random 4-bit weights: SmolLM2's shape, and the same with other head counts and FFN widths in every
+layer, as structured pruning leaves them. They take turns; decoding should gain what the bytes of a token say, prefill
+what its multiplications say. Promise and gain are ratios of times, whole over cut. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import Any
 import make_random_llama
 from cpu_rows import DECODE, PREFILL
 from engine_worker import seconds_of
-
 from gossamer.checkpoint import open_checkpoint
 from gossamer.engine.backend import Backend, choose
 from gossamer.settings import cache_dir

@@ -41,28 +41,6 @@ class Cache(Protocol):
         ...
 
 
-class KVCache:
-    """Keys and values of a batch, stored at their positions: per layer [batch, num_kv_heads, max_length, head_dim]."""
-
-    def __init__(self, config: ModelConfig, batch: int, max_length: int, dtype: torch.dtype = torch.float32) -> None:
-        self.max_length = max_length
-        self.keys = [torch.zeros(batch, c.num_kv_heads, max_length, c.head_dim, dtype=dtype) for c in config.layers]
-        self.values = [torch.zeros_like(k) for k in self.keys]
-
-    def store(self, layer: int, positions: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k, v [batch, time, num_kv_heads, head_dim] at `positions` [batch, time]; return all up to the last."""
-        rows = torch.arange(len(positions)).unsqueeze(1)
-        self.keys[layer][rows, :, positions] = k
-        self.values[layer][rows, :, positions] = v
-        end = int(positions.max()) + 1
-        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows of the batch."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
-
-
 class Block(nn.Module):
     """Norm, attention, residual; norm, gated feed-forward, residual. Its four inputs to linear layers are methods."""
 
@@ -156,8 +134,8 @@ class Decoder(nn.Module):
     def hidden(self, tokens: Tensor, cache: Cache | None = None, positions: Tensor | None = None) -> Tensor:
         """Hidden states [batch, time, hidden_size] before the final norm.
 
-        With a cache, keys and values are stored at `positions` and a token sees every stored position up to its own,
-        so padding on the right of a prompt is harmless: nothing looks at it before it is written over.
+        With a cache, keys and values are stored at `positions`, and a token sees every position up to its own; what the
+        cache holds past it may be anything finite.
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1]).expand(tokens.shape)

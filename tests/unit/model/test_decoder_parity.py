@@ -10,7 +10,7 @@ import torch
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.load import load_decoder
 from gossamer.model import config_from_hf, tensor_names
-from gossamer.model.decoder import Decoder, KVCache
+from gossamer.model.decoder import Decoder
 
 LLAMA3 = {
     "rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -72,6 +72,21 @@ class InMemory:
         return self.tensors[name].to(dtype)
 
 
+class DenseCache:
+    """Keys and values of a batch at their positions: per layer [batch, num_kv_heads, max_length, head_dim]."""
+
+    def __init__(self, config, batch, max_length):
+        self.keys = [torch.zeros(batch, c.num_kv_heads, max_length, c.head_dim) for c in config.layers]
+        self.values = [torch.zeros_like(k) for k in self.keys]
+
+    def store(self, layer, positions, k, v):
+        rows = torch.arange(len(positions)).unsqueeze(1)
+        self.keys[layer][rows, :, positions] = k
+        self.values[layer][rows, :, positions] = v
+        end = int(positions.max()) + 1
+        return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+
 def pair(changes) -> tuple[torch.nn.Module, Decoder]:
     model = oracle(changes)
     return model, load_decoder(InMemory(model))
@@ -98,7 +113,7 @@ def test_logits_agree_token_by_token_with_a_cache(changes):
     tokens = torch.randint(131, (2, 60))
     with torch.no_grad():
         expected = model(tokens).logits
-    cache = KVCache(decoder.config, 2, 60)
+    cache = DenseCache(decoder.config, 2, 60)
     pieces = [decoder(tokens[:, :17], cache)]
     for at in range(17, 40):
         pieces.append(decoder(tokens[:, at : at + 1], cache, torch.full((2, 1), at)))
@@ -109,10 +124,10 @@ def test_logits_agree_token_by_token_with_a_cache(changes):
 def test_padding_on_the_right_of_a_prompt_changes_nothing():
     _, decoder = pair({})
     short, long = torch.randint(131, (1, 7)), torch.randint(131, (1, 20))
-    alone = KVCache(decoder.config, 1, 32)
+    alone = DenseCache(decoder.config, 1, 32)
     first = decoder(short, alone)[:, -1]
     then = decoder(torch.tensor([[5]]), alone, torch.tensor([[7]]))[:, 0]
-    both = KVCache(decoder.config, 2, 32)
+    both = DenseCache(decoder.config, 2, 32)
     padded = torch.cat([torch.nn.functional.pad(short, (0, 13), value=99), long])
     assert difference(decoder(padded, both)[:1, 6], first) < 1e-5
     stepped = decoder(torch.tensor([[5], [6]]), both, torch.tensor([[7], [20]]))
