@@ -327,7 +327,8 @@ void bind_engine(nb::module_& m) {
 
   const auto exact = nb::arg("exact"), threads = nb::arg("threads");
   const auto tokens = nb::arg("tokens").noconvert(), query_start = nb::arg("query_start").noconvert();
-  const auto context_lens = nb::arg("context_lens").noconvert(); const auto tables = nb::arg("block_tables").noconvert();
+  const auto context_lens = nb::arg("context_lens").noconvert();
+  const auto tables = nb::arg("block_tables").noconvert();
   const auto rows = nb::arg("logit_rows").noconvert(), out = nb::arg("out").noconvert();
   nb::class_<Model>(m, "Model")
       .def(nb::new_(&make_model), nb::arg("hidden_size"), nb::arg("vocab_size"), nb::arg("head_dim"),

@@ -332,6 +332,7 @@ void Model::allocate(int64_t blocks, KvKind kind) {
   require(size > 0, "the model has no layers");
   void* data = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
+  madvise(data, size, MADV_HUGEPAGE);
   release_pages();
   kv_kind_ = kind;
   layer_offset_ = std::move(offsets);

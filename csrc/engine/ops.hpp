@@ -18,10 +18,10 @@ enum class KvKind : uint8_t { f32, bf16, i8 };
 enum class Activation : uint8_t { silu, gelu, gelu_tanh };
 enum class NormKind : uint8_t { rms, layer };
 
-// A weight [rows, columns] in tiles of 16 rows, the last one filled up with zeros. A tile of an integer kind is a run of
-// groups of columns: a line of 64 bytes (or 128) with the scales of the next group, or of as many as fit, 16 to each (and
-// 16 zero points, as stored codes); then their blocks of 32 columns. A block is registers of 64 bytes, 16 rows by 4
-// bytes. With v = 0..7 for columns 4v..4v+3:
+// A weight [rows, columns] in tiles of 16 rows, the last one filled up with zeros. A tile of an integer kind is a run
+// of groups of columns: a line of 64 bytes (or 128) with the scales of the next group, or of as many as fit, 16 to each
+// (and 16 zero points, as stored codes); then their blocks of 32 columns. A block is registers of 64 bytes, 16 rows by
+// 4 bytes. With v = 0..7 for columns 4v..4v+3:
 //   i8  register v
 //   i4  register v % 4, the low nibble for v < 4
 //   i2  register v % 2, bits 2 * (v / 2) and the next
@@ -90,7 +90,7 @@ struct Epilogue {
 
 // Rows of queries that share one key-value head of one sequence.
 struct Attend {
-  const float* q;         // [tokens, q_stride], `group` heads of head_dim from q on; rotated, times log2(e)/sqrt(head_dim)
+  const float* q;         // [tokens, q_stride], `group` heads from q on; rotated, times log2(e) / sqrt(head_dim)
   int64_t q_stride;
   int tokens, group;
   int64_t head_dim;
@@ -132,7 +132,7 @@ struct Ops {
   void (*attend)(const Attend&);
   // y = activation(gate) * up.
   void (*gate)(Activation, const float* gate, const float* up, int64_t count, float* y);
-  // As many products as the core can do, on registers alone: of bytes (4-bit codes), or of floats. Returns their number.
+  // As many products as the core can do, on registers alone: of bytes (4-bit codes) or of floats. Returns the number.
   int64_t (*peak)(bool integer, int64_t rounds, float* keep);
 };
 
