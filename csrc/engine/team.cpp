@@ -1,10 +1,14 @@
 #include "team.hpp"
 
 #include <pthread.h>
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <system_error>
 #include <thread>
+#include <utility>
 
 namespace gossamer {
 namespace {
@@ -48,6 +52,29 @@ int wait_change(const std::atomic<int>& value, int old, microseconds spin) {
 
 std::atomic<Team*> team{nullptr};
 
+int this_core() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+// Moves this thread to another core that the process may use, if there is one; after that it is free again. A worker
+// that was woken on its caller's core would share it until the system notices, which can take longer than many steps.
+void leave_core(int core) {
+#if defined(__linux__)
+  cpu_set_t allowed;
+  if (core < 0 || core >= CPU_SETSIZE || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+  sched_setaffinity(0, sizeof allowed, &allowed);
+#else
+  (void)core;
+#endif
+}
+
 }  // namespace
 
 Team::Team() : penalty_(shortest_penalty) {}
@@ -65,6 +92,8 @@ Team& Team::instance() {
 
 void Rank::barrier() {
   if (count == 1) return;
+  // Threads that slept take their time to come to the first barrier: that is no other process' doing.
+  const bool counts = std::exchange(awake_, true);
   const int generation = team_.generation_.load(std::memory_order_relaxed);
   if (team_.arrived_.fetch_add(1, std::memory_order_acq_rel) == count - 1) {
     team_.arrived_.store(0, std::memory_order_relaxed);
@@ -78,7 +107,7 @@ void Rank::barrier() {
   }
   const auto began = Clock::now();
   for (int now = generation; now == generation;) now = wait_change(team_.generation_, generation, spin_in_step);
-  waited_ += Clock::now() - began;
+  if (counts) waited_ += Clock::now() - began;
 }
 
 std::atomic<int64_t>& Rank::claims(int64_t phase) {
@@ -103,6 +132,7 @@ int Team::grow(int wanted) {
 void Team::work(Worker* worker, int id) {
   for (int seen = 0;;) {
     seen = wait_change(worker->posted, seen, spin_between_steps);
+    if (this_core() == caller_core_) leave_core(caller_core_);
     Rank rank(*this, id, size_);
     function_(body_, rank);
     report(rank);
@@ -122,10 +152,12 @@ void Team::report(const Rank& rank) {
 void Team::judge(int threads, std::chrono::nanoseconds took) {
   const std::chrono::nanoseconds waited(waited_.exchange(0, std::memory_order_relaxed));
   if (waited > hold_up && hold_up_part * waited > took) {
+    if (++strikes_ < 2) return;  // once may be chance
     alone_until_ = Clock::now() + penalty_;
     penalty_ = std::min(2 * penalty_, longest_penalty);
   } else if (threads == size_) {
     penalty_ = std::max(penalty_ - penalty_ / 64, shortest_penalty);
+    if (penalty_ == shortest_penalty) strikes_ = 0;
   }
 }
 
@@ -141,6 +173,7 @@ void Team::run_function(int threads, Function function, const void* body) {
   last_ = size_;
   function_ = function;
   body_ = body;
+  caller_core_ = this_core();
   for (Claim& claim : claims_) claim.next.store(0, std::memory_order_relaxed);
   ++step_;
   for (int i = 0; i + 1 < size_; ++i) {

@@ -44,6 +44,7 @@ class Rank {
   friend class Team;
   Team& team_;
   int64_t phase_ = 0;
+  bool awake_ = false;  // all threads have been seen in this step
   std::chrono::nanoseconds waited_{0};
 };
 
@@ -78,7 +79,8 @@ class Team {
   std::vector<std::unique_ptr<Worker>> workers_;
   Function function_ = nullptr;
   const void* body_ = nullptr;
-  int size_ = 1, step_ = 0, last_ = 1;
+  int size_ = 1, step_ = 0, last_ = 1, strikes_ = 0;
+  int caller_core_ = -1;  // where this step was begun
   std::chrono::steady_clock::time_point alone_until_{};
   std::chrono::microseconds penalty_;
   alignas(64) std::atomic<int> arrived_{0};
