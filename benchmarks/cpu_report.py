@@ -15,8 +15,8 @@ QUIET = 0.1
 """Cores that others may use during the median pair; runtimes that spin collapse when they share a core."""
 JUDGED = (
     "KL divergence is that to the float model, in nats for each token, of the weights as each file stores them, by "
-    "`gossamer eval` for ours and theirs alike; what a peer or our engine loses by rounding activations or the KV "
-    "cache is not in it."
+    "`gossamer eval`. Ours holds the rounding of activations to 8 bits and of the KV cache to bfloat16; a peer's file "
+    "is judged with exact activations, so what the peer loses by rounding them is not in its figure."
 )
 
 
