@@ -689,35 +689,31 @@ std::vector<double> Model::phase_seconds() {
 
 void Model::logits(const Step& step, const Options& options, float* out) {
   const std::scoped_lock lock(mutex_);
-  check(step);
-  Run& run = *run_;
-  run.step = &step;
-  run.options = options;
-  run.what = Run::logits;
-  run.out = out;
-  execute(run);
+  run_->what = Run::logits;
+  execute_step(step, options, out);
 }
 
 void Model::hidden(const Step& step, const Options& options, float* out) {
   const std::scoped_lock lock(mutex_);
+  run_->what = Run::hidden;
+  execute_step(step, options, out);
+}
+
+// Checks a step and runs it for what run_ says; the lock is held.
+void Model::execute_step(const Step& step, const Options& options, float* out) {
   check(step);
   Run& run = *run_;
   run.step = &step;
   run.options = options;
-  run.what = Run::hidden;
   run.out = out;
   execute(run);
 }
 
 bool Model::best(const Step& step, const Options& options, int32_t* tokens) {
   const std::scoped_lock lock(mutex_);
-  check(step);
   Run& run = *run_;
-  run.step = &step;
-  run.options = options;
   run.what = Run::best;
-  run.out = nullptr;
-  execute(run);
+  execute_step(step, options, nullptr);
   bool finite = true;
   const int threads = std::max(1, options.threads);
   for (int64_t r = 0; r < step.row_count; ++r) {

@@ -94,6 +94,7 @@ class Model {
   void blocks_of(Run&, Rank&);
   void finish(Run&, Rank&);
   void execute(Run&);
+  void execute_step(const Step&, const Options&, float* out);
   void release_pages();
 
   Weight embedding_, head_;
