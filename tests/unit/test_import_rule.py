@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "compress": {"model", "formats", "checkpoint"},
     "parallel": {"formats", "model"},
     "engine": {"checkpoint", "model", "parallel", "formats", "kernels"},
-    "serve": {"engine"},
+    "serve": {"engine", "checkpoint"},
     "export": {"formats", "checkpoint"},
     "measure": {"engine", "checkpoint", "model"},
     "search": {"compress", "measure"},

@@ -113,6 +113,8 @@ class Backend(abc.ABC):
     """What keys and values are stored as."""
     activations: Activations = "exact"
     """`int8`: rounded before they meet packed weights; `exact`: float32. Never `auto`."""
+    cache_epoch: int = 0
+    """Counts how often somebody began to use blocks that others may remember the contents of."""
 
     @abc.abstractmethod
     def reserve(self, num_blocks: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as Many
+from functools import cached_property
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,10 +19,11 @@ from ..errors import EngineError
 from ..kernels import dispatch
 from ..settings import threads
 from .backend import Activations, BackendName, Progress, Weights, cache_bytes, choose, kv_bytes_per_token
+from .engine import Engine, EngineOptions
 from .params import SamplingParams
 from .runner import KVPool, Rows
-from .sampling import Sampler, draw, require_finite, sample, scaled
-from .sequence import Completion, Sequence, Token
+from .sampling import draw, require_finite, scaled
+from .sequence import Completion, Output, Token
 
 Prompt: TypeAlias = "str | Many[int]"
 
@@ -29,6 +32,8 @@ BYTES_PER_LOGIT = 32
 """Four float32 numbers (logit, scaled, probability, a copy) and two float64 sums while a token is drawn."""
 WAVE_BYTES = 1 << 30
 """Most bytes of KV cache that sampling a model's own text takes (more only if one sequence needs it)."""
+POOL_BYTES = 1 << 30
+"""KV cache of generate, stream and chat, if one sequence does not need more."""
 GREEDY = SamplingParams()
 
 
@@ -66,7 +71,10 @@ class LLM:
         self.tokenizer = self.checkpoint.tokenizer()
         self.backend = choose(self.checkpoint, backend, weights, activations, kv_cache, progress)
         self.pool = KVPool(self.backend)
+        """Blocks for those who run rows of their own; the engine's are apart, and are forgotten meanwhile."""
         self.max_batch = max_batch
+        self._inbox: dict[str, list[Output]] = {}
+        self._numbers = itertools.count()
 
     def generate(
         self,
@@ -76,7 +84,8 @@ class LLM:
     ) -> list[Completion]:
         """Complete every prompt (text, or token ids), in order; `params` for all, or one for each.
 
-        Raises EngineError for a prompt that is empty or too long, DoesNotFit if the KV cache does not fit.
+        With `n` above 1 a prompt has so many completions, one after another. Raises EngineError for a prompt that is
+        empty or too long.
         """
         if isinstance(prompts, str):
             raise EngineError("prompts is one text, expected a list of prompts")
@@ -84,20 +93,24 @@ class LLM:
         if len(each) != len(prompts):
             raise EngineError(f"{len(each)} sampling params for {len(prompts)} prompts")
         pairs: Iterator[tuple[Prompt, SamplingParams]] = zip(prompts, each, strict=True)
-        sequences = [self._sequence(p, q, f"prompt {i}: ") for i, (p, q) in enumerate(pairs)]
+        requests = [(self._tokens(p), q) for p, q in pairs]
+        names = self._add(requests, "prompt {}: ")
+        parts = {(name, choice): _Part() for name, q in zip(names, each, strict=True) for choice in range(q.n)}
         done = 0
-        for wave in self._waves(sequences):
-            for _, token in self._run(wave):
-                if token.finish_reason is not None:
-                    done += 1
-                    if progress is not None:
-                        progress("generating", done, len(sequences))
-        return [sequence.completion() for sequence in sequences]
+        for output in self._outputs(names):
+            parts[output.request_id, output.choice].take(output)
+            done += output.finish_reason is not None
+            if progress is not None and output.finish_reason is not None:
+                progress("generating", done, len(parts))
+        return [part.completion() for part in parts.values()]
 
     def stream(self, prompt: Prompt, params: SamplingParams = GREEDY) -> Iterator[Token]:
         """Tokens of one completion as they come; the last has a finish_reason. Raises EngineError at once."""
-        sequence = self._sequence(prompt, params)
-        return (token for _, token in self._run([sequence]))
+        if params.n > 1:
+            raise EngineError(f"a stream is one completion, n is {params.n}")
+        tokens = self._tokens(prompt)
+        self.engine.check(tokens, params)
+        return self._streamed(tokens, params)
 
     def chat(self, messages: Many[Mapping[str, str]], params: SamplingParams = GREEDY) -> Completion:
         """The assistant's answer to messages `{"role", "content"}`. Raises ChatTemplateError as well."""
@@ -125,6 +138,7 @@ class LLM:
             raise EngineError(f"cannot sample {sequences!r} sequences at temperature {temperature!r}")
         if length > self.config.max_positions:
             raise EngineError(f"length {length} is more than the {self.config.max_positions} positions of the model")
+        self.engine.forget()
         uniform = torch.rand(sequences, length, generator=torch.Generator().manual_seed(seed))
         tokens = torch.empty(sequences, length, dtype=torch.int64)
         size = _wave_rows(self.backend.kv_bytes_per_token, sequences, length)
@@ -138,6 +152,15 @@ class LLM:
                     progress("sampling", done, total)
         return tokens
 
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs requests; made when the first one comes."""
+        size = self.backend.kv_bytes_per_token
+        whole = cache_bytes(size, 1, self.config.max_positions)  # one sequence at full length always fits, memory given
+        memory = min(max(POOL_BYTES, whole), cache_bytes(size, self.max_batch, self.config.max_positions))
+        memory = max(min(memory, available_memory() // 2), cache_bytes(size, 1, 1))
+        return Engine(self.backend, self.tokenizer, EngineOptions(memory, max_sequences=self.max_batch))
+
     @property
     def start_token(self) -> int:
         """The token that begins a text: the beginning-of-sequence one, or else the one that ends a document."""
@@ -147,36 +170,48 @@ class LLM:
             raise EngineError(f"{self.checkpoint.name} has neither a start nor an end token to begin from")
         return min(self.tokenizer.eos_ids)
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams, where: str = "") -> Sequence:
-        """A checked request."""
-        tokens = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        if not tokens:
-            raise EngineError(f"{where}the prompt is empty")
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.config.vocab_size:
-                raise EngineError(f"{where}token {token!r} is not one of 0 to {self.config.vocab_size - 1}")
-        room = self.config.max_positions - len(tokens)
-        if room < 1:
-            raise EngineError(
-                f"{where}{len(tokens):,} tokens do not fit a context of {self.config.max_positions:,}",
-                hint=f"shorten the prompt by {1 - room:,} tokens or more, so that there is room to answer",
-            )
-        limit = min(params.max_tokens, room)
-        return Sequence(tokens, params, limit, self.tokenizer.eos_ids, self.tokenizer.stream())
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
 
-    def _waves(self, sequences: list[Sequence]) -> Iterator[list[Sequence]]:
-        """Sequences in groups that are run together: of like lengths, and no more than memory holds."""
-        rest = sorted(sequences, key=lambda s: -len(s.prompt))
-        while rest:
-            size = min(self.max_batch, len(rest))
-            while size > 1 and self._cache_bytes(rest[:size]) > (available_memory() + self.pool.nbytes) // 2:
-                size //= 2  # half of what is free: the steps need some as well
-            yield rest[:size]
-            rest = rest[size:]
+    def _add(self, requests: list[tuple[list[int], SamplingParams]], where: str = "") -> list[str]:
+        """Queue requests, all of them or none; their names. `where`: what an error says before its message."""
+        names: list[str] = []
+        for i, (tokens, params) in enumerate(requests):
+            name = f"llm-{next(self._numbers)}"
+            try:
+                self.engine.add(name, tokens, params)
+            except EngineError as error:
+                for added in names:
+                    self.engine.abort(added)
+                raise EngineError(where.format(i) + error.message, hint=error.hint) from None
+            self._inbox[name] = []
+            names.append(name)
+        return names
 
-    def _cache_bytes(self, sequences: list[Sequence]) -> int:
-        """Bytes of KV cache that these may take."""
-        return sum(cache_bytes(self.backend.kv_bytes_per_token, 1, _most_tokens(s)) for s in sequences)
+    def _streamed(self, tokens: list[int], params: SamplingParams) -> Iterator[Token]:
+        for output in self._outputs(self._add([(tokens, params)])):
+            yield from output.tokens
+
+    def _outputs(self, names: list[str]) -> Iterator[Output]:
+        """What these requests are given, step by step, to their ends. Whoever stops listening has aborted them."""
+        rest = set(names)
+        try:
+            while rest:
+                if not any(self._inbox[name] for name in rest):
+                    for output in self.engine.step():
+                        self._inbox[output.request_id].append(output)
+                for name in [n for n in names if n in rest]:
+                    outputs, self._inbox[name] = self._inbox[name], []
+                    for output in outputs:
+                        if output.error is not None:
+                            raise EngineError(output.error, hint="gossamer eval shows what the weights are worth")
+                        yield output
+                    if not self.engine.holds(name) and not self._inbox[name]:
+                        rest.discard(name)
+        finally:
+            for name in names:
+                self.engine.abort(name)
+                del self._inbox[name]
 
     def _sampled(self, uniform: Tensor, temperature: float) -> Iterator[Tensor]:
         """One wave of text from the start token: tokens int64 [rows] for each column of uniform [rows, length]."""
@@ -189,36 +224,26 @@ class LLM:
                 yield tokens
                 rows.append(tokens.tolist())
 
-    def _run(self, sequences: list[Sequence]) -> Iterator[tuple[Sequence, Token]]:
-        """Prefill, then sample and step until every sequence has finished; they leave as they do."""
-        running = [(s, Sampler(s.params)) for s in sequences]
-        with Rows(self.pool, [s.prompt for s in sequences], [_most_tokens(s) for s in sequences]) as rows:
-            while running:
-                tokens = self._next_tokens(rows, running)
-                for (sequence, _), token in zip(running, tokens, strict=True):
-                    yield sequence, sequence.push(token)
-                for row in reversed(range(len(running))):
-                    if running[row][0].finish_reason is not None:
-                        rows.drop(row)
-                        del running[row]
-                rows.append([sequence.tokens[-1] for sequence, _ in running])
 
-    def _next_tokens(self, rows: Rows, running: list[tuple[Sequence, Sampler]]) -> list[int]:
-        """One token for each row; logits leave the backend only if one of them needs more than the likeliest."""
-        early = [row for row, (s, _) in enumerate(running) if not s.may_stop and not s.params.ignore_eos]
-        if not early and all(s.params.greedy for s, _ in running):
-            likeliest: list[int] = rows.argmax().tolist()
-            return likeliest
-        logits = rows.forward()
-        with torch.inference_mode():
-            for row in early:  # min_tokens: no end token may be drawn before
-                logits[row, list(self.tokenizer.eos_ids)] = -torch.inf
-        return sample(logits, [sampler for _, sampler in running])
+class _Part:
+    """One completion as it comes."""
 
+    def __init__(self) -> None:
+        self.text = ""
+        self.tokens: list[Token] = []
+        self.last: Output | None = None
 
-def _most_tokens(sequence: Sequence) -> int:
-    """Tokens that this one may have."""
-    return len(sequence.prompt) + sequence.limit
+    def take(self, output: Output) -> None:
+        self.text += "".join(token.text for token in output.tokens)
+        self.tokens += output.tokens
+        self.last = output
+
+    def completion(self) -> Completion:
+        assert self.last is not None
+        assert self.last.finish_reason is not None
+        logprobs = tuple(t.logprobs for t in self.tokens) if self.tokens[0].logprobs is not None else None
+        ids = tuple(token.id for token in self.tokens)
+        return Completion(self.text, ids, self.last.finish_reason, self.last.prompt_tokens, logprobs)
 
 
 def sampling_bytes(checkpoint: Checkpoint, sequences: int, length: int) -> int:

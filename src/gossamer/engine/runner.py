@@ -52,6 +52,7 @@ class KVPool:
             self._free = [*reversed(range(self.size, self.size + missing)), *self._free]
             self.size += missing
             self.epoch += 1
+        self.backend.cache_epoch += 1
         return [self._free.pop() for _ in range(count)]
 
     def give(self, blocks: Sequence[int]) -> None:
@@ -64,6 +65,7 @@ class KVPool:
             self.backend.reserve(0)
             self.size, self._free = 0, []
             self.epoch += 1
+            self.backend.cache_epoch += 1
 
 
 class Rows:

@@ -75,12 +75,13 @@ def logits_after(llm: LLM, prompts: list[list[int]]) -> torch.Tensor:
 
 def test_a_finished_answer_gives_its_blocks_back(llm):
     llm.generate(PROMPTS, SamplingParams(max_tokens=3))
-    assert llm.pool.free == llm.pool.size > 0
+    assert llm.engine.blocks.used == 0
     for token in llm.stream("hello"):  # and so does one that is not wanted any more
         assert token.id >= 0
-        assert llm.pool.free < llm.pool.size
+        assert llm.engine.blocks.used > 0
         break
-    assert llm.pool.free == llm.pool.size
+    assert llm.engine.blocks.used == 0
+    llm.engine.check_idle()
 
 
 def test_two_streams_at_once_are_what_they_are_alone(tiny_model):
@@ -89,7 +90,7 @@ def test_two_streams_at_once_are_what_they_are_alone(tiny_model):
     alone = [[t.id for t in llm.stream(p, q)] for p, q in (("hello", first), ("The quick brown fox", second))]
     llm.pool.release()
     both = llm.stream("hello", first), llm.stream("The quick brown fox", second)
-    found: list[list[int]] = [[next(both[0]).id], []]  # the second takes more room than there is
+    found: list[list[int]] = [[next(both[0]).id], []]
     for _ in range(30):
         for tokens, stream in zip(found, both, strict=True):
             tokens += [t.id for t in [next(stream, None)] if t is not None]
@@ -98,9 +99,9 @@ def test_two_streams_at_once_are_what_they_are_alone(tiny_model):
 
 def test_logits_stay_in_the_backend_where_only_the_likeliest_is_asked_for(llm, monkeypatch):
     asked = []
-    for verb in ("forward", "argmax"):
-        real = getattr(runner.Rows, verb)
-        monkeypatch.setattr(runner.Rows, verb, lambda self, v=verb, real=real: asked.append(v) or real(self))
+    forward = llm.backend.forward
+    monkeypatch.setattr(llm.backend, "argmax", lambda batch: asked.append("argmax") or forward(batch).argmax(-1))
+    monkeypatch.setattr(llm.backend, "forward", lambda batch: asked.append("forward") or forward(batch))
     llm.generate(["a", "b"], SamplingParams(max_tokens=2))
     assert asked == ["argmax"] * 2
     llm.generate(["a"], SamplingParams(max_tokens=3, min_tokens=2))
@@ -171,14 +172,14 @@ def test_params_for_each_prompt_must_be_as_many(llm):
         llm.generate(["a", "b"], [SamplingParams()])
 
 
-def test_a_cache_that_does_not_fit_is_refused_with_the_numbers(tiny_model, monkeypatch):
+def test_a_request_that_memory_can_never_hold_is_refused_with_the_numbers(tiny_model, monkeypatch):
     llm = LLM(tiny_model, "float")
     monkeypatch.setattr(memory, "available_memory", lambda: 10_000)
     monkeypatch.setattr(llm_module, "available_memory", lambda: 10_000)
-    monkeypatch.setattr(reference.torch, "zeros", None)  # nothing may be allocated
-    needed = 2 * 2 * 2 * 16 * 4 * 32  # keys and values, layers, heads, width, bytes, two blocks of tokens
-    with pytest.raises(DoesNotFit, match=rf"the KV cache for 32 tokens takes {needed / 1e6:.1f} MB, but 0.0 MB"):
+    with pytest.raises(EngineError, match="5 tokens and an answer of up to 20 do not fit the KV cache of 16 tokens"):
         llm.generate(["hello"], SamplingParams(max_tokens=20))
+    assert not llm.engine.has_work
+    assert len(llm.generate(["hello"], SamplingParams(max_tokens=8, ignore_eos=True))[0].tokens) == 8
 
 
 TOKEN_BYTES = 4 * 2 * 2 * 2 * 16
@@ -218,7 +219,7 @@ def test_weights_that_do_not_fit_by_themselves_are_not_blamed_on_the_request(tin
 
 @pytest.fixture
 def sizes(monkeypatch):
-    """How many rows were run together, wave by wave."""
+    """How many rows were sampled together, wave by wave."""
     found = []
 
     class Counted(runner.Rows):
@@ -230,13 +231,14 @@ def sizes(monkeypatch):
     return found
 
 
-def test_many_prompts_are_run_a_few_at_a_time_when_memory_is_short(llm, monkeypatch, sizes):
-    expected = llm.generate(PROMPTS, SamplingParams(max_tokens=4))
-    llm.pool.release()
-    monkeypatch.setattr(llm_module, "available_memory", lambda: 2 * TOKEN_BYTES * BLOCK_SIZE * 4)
-    assert llm.generate(PROMPTS, SamplingParams(max_tokens=4)) == expected
-    assert sizes[0] == 5
-    assert max(sizes[1:]) < 5
+def test_where_memory_is_short_prompts_wait_for_one_another(llm, tiny_model, monkeypatch):
+    params = SamplingParams(max_tokens=20, ignore_eos=True)
+    expected = llm.generate(PROMPTS, params)
+    monkeypatch.setattr(llm_module, "available_memory", lambda: 2 * TOKEN_BYTES * BLOCK_SIZE * 6)
+    short = LLM(tiny_model, "float")
+    assert short.generate(PROMPTS, params) == expected
+    assert short.engine.blocks.num_blocks == 6
+    assert short.engine.stats().preemptions > 0
 
 
 def test_chat_answers_the_templated_messages(llm):

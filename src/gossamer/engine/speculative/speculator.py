@@ -1,0 +1,208 @@
+"""Whether to speculate, and how far: from what drafts were worth and what steps cost, both measured as it runs.
+
+With a chance `a` that a draft is right, k of them give (1 - a^(k+1)) / (1 - a) tokens a step (Leviathan et al., arXiv
+2211.17192, equation 1). A step of more tokens takes longer, and so do drafts: the number that gives the most tokens a
+second is taken, and none where no number pays. Now and then the other way is tried, rarely where it would cost.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as Many
+from typing import Protocol
+
+from ..sampler import Sampler
+from ..scheduler import Piece
+from ..sequence import Output, Sequence
+
+MARGIN = 1.03
+"""Speculation must promise so much more than none, or it is off."""
+MEMORY = 0.9
+"""What is kept of earlier evidence at each step."""
+PRIOR_HITS, PRIOR_TRIALS = 1.4, 2.0
+"""What is believed of a drafter before it was tried: drafts that are worth a trial."""
+PLAIN_EVERY = 24
+"""While drafts are made, one step in so many goes without: what is gained is measured, not remembered."""
+FIRST_PAUSE, LONGEST_PAUSE = 16, 512
+"""While they are off, they are tried again after so many steps; each time in vain doubles it."""
+
+logger = logging.getLogger("gossamer.engine")
+
+
+class Drafter(Protocol):
+    """Something that guesses tokens."""
+
+    name: str
+    most: int
+
+    def propose(self, sequences: Many[Sequence], samplers: Many[Sampler], count: int) -> list[list[int]]: ...
+
+    def forget(self, sequence: Sequence) -> None: ...
+
+
+class Rate:
+    """A chance, from hits and trials of which the latest count most."""
+
+    def __init__(self, hits: float = PRIOR_HITS, trials: float = PRIOR_TRIALS) -> None:
+        self.hits, self.trials = hits, trials
+
+    def note(self, hits: int, trials: int) -> None:
+        self.hits, self.trials = MEMORY * self.hits + hits, MEMORY * self.trials + trials
+
+    @property
+    def chance(self) -> float:
+        return min(0.99, self.hits / self.trials) if self.trials > 0 else 0.0
+
+
+class Costs:
+    """Seconds of a step by the tokens that it takes, as measured lately."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+
+    def note(self, tokens: int, seconds: float) -> None:
+        before = self._seconds.get(_bucket(tokens))
+        self._seconds[_bucket(tokens)] = seconds if before is None else 0.7 * before + 0.3 * seconds
+
+    def of(self, tokens: int) -> float | None:
+        """Seconds of a step of so many tokens: between those that are known, else the nearest smaller one's."""
+        wanted = _bucket(tokens)
+        below = max((b for b in self._seconds if b <= wanted), default=None)
+        above = min((b for b in self._seconds if b >= wanted), default=None)
+        if below is None:
+            return None if above is None else self._seconds[above]
+        if above is None or above == below:
+            return self._seconds[below]
+        share = (wanted - below) / (above - below)
+        return (1 - share) * self._seconds[below] + share * self._seconds[above]
+
+
+def _bucket(tokens: int) -> int:
+    """Counts that are taken for the same: exact up to 16, then in steps of an eighth."""
+    size = 1
+    while tokens // size > 16:
+        size *= 2
+    return tokens // size * size
+
+
+class Speculator:
+    """Has a drafter guess, and judges what that is worth."""
+
+    def __init__(self, drafter: Drafter, most: int | None = None, adaptive: bool = True) -> None:
+        """`most`: drafts of a sequence and step (None: the drafter's number); `adaptive`: off where it is slower."""
+        self.drafter = drafter
+        self.most = drafter.most if most is None else most
+        self.adaptive = adaptive
+        self.drafted = self.accepted = 0
+        self.active = True
+        """True while drafts are worth making."""
+        self._costs = Costs()
+        self._draft_seconds = Costs()
+        """Of all drafts of one step, by their number."""
+        self._rates: dict[Sequence, Rate] = {}
+        self._overall = Rate()
+        self._plain_left = 2  # steps without drafts, to begin with and now and then
+        self._since_plain = 0
+        self._pause = FIRST_PAUSE
+        self._paused = 0
+        self._asked = 0.0
+        self._probing = False
+
+    def propose(self, running: Many[Sequence], samplers: Mapping[Sequence, Sampler]) -> None:
+        """Give drafts to the sequences that decode."""
+        decoding = [s for s in running if s.missing == 1]
+        self._asked = 0.0
+        count = self._count(decoding)
+        if not decoding or count == 0:
+            return
+        began = time.perf_counter()
+        guesses = self.drafter.propose(decoding, [samplers[s] for s in decoding], count)
+        self._asked = time.perf_counter() - began
+        for sequence, guess in zip(decoding, guesses, strict=True):
+            room = sequence.limit - sequence.generated - 1  # the last token needs no draft
+            sequence.drafts = self._allowed(samplers[sequence], guess[: max(0, room)])
+        made = sum(len(s.drafts) for s in decoding)
+        if made:
+            self._draft_seconds.note(made, self._asked)
+
+    def observe(
+        self, pieces: Many[Piece], outputs: Many[Output], drafts: Mapping[Sequence, int], seconds: float
+    ) -> None:
+        """Learn from a step: how many drafts each sequence had, what came of them, and how long it took."""
+        got = {(o.request_id, o.choice): len(o.tokens) for o in outputs}
+        fed = 0
+        for piece in pieces:
+            sequence, made = piece.sequence, drafts.get(piece.sequence, 0)
+            fed += 1 + made
+            if made:
+                right = max(0, got.get((sequence.request_id, sequence.choice), 1) - 1)
+                self.drafted += made
+                self.accepted += right
+                trials = right + (right < made)
+                self._rates.setdefault(sequence, Rate(self._overall.hits, self._overall.trials)).note(right, trials)
+                self._overall.note(right, trials)
+        if all(piece.count == 1 for piece in pieces):
+            self._costs.note(fed, seconds)
+
+    def forget(self, sequence: Sequence) -> None:
+        self._rates.pop(sequence, None)
+        self.drafter.forget(sequence)
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Drafted tokens that were right, or None before there were any."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    def _allowed(self, sampler: Sampler, guess: list[int]) -> list[int]:
+        """As much of a guess as the request's grammar allows."""
+        return guess if sampler.matcher is None else guess[: sampler.matcher.allowed(guess)]
+
+    def _count(self, decoding: Many[Sequence]) -> int:
+        """Drafts for each sequence in the coming step."""
+        if not self.adaptive or not decoding:
+            return self.most
+        if self._plain_left > 0:
+            self._plain_left -= 1
+            return 0
+        best = self._best(decoding)
+        self._switch(best > 0)
+        if best > 0:
+            self._pause = FIRST_PAUSE
+            self._since_plain += 1
+            if self._since_plain >= PLAIN_EVERY:
+                self._since_plain = 0
+                return 0
+            return best
+        self._paused += 1
+        if self._paused < self._pause:
+            return 0
+        self._paused, self._pause = 0, min(2 * self._pause, LONGEST_PAUSE)
+        return min(2, self.most)
+
+    def _best(self, decoding: Many[Sequence]) -> int:
+        """The number of drafts that promises the most tokens a second; 0 if none beats going without by the margin."""
+        size = len(decoding)
+        plain = self._costs.of(size)
+        if plain is None:
+            return 0
+        chances = [self._rates.get(s, self._overall).chance for s in decoding]
+        best, most = 0, MARGIN * size / plain
+        for count in range(1, self.most + 1):
+            tokens = sum((1 - a ** (count + 1)) / (1 - a) for a in chances)
+            step = max(plain, self._costs.of(size * (1 + count)) or plain)
+            rate = tokens / (step + (self._draft_seconds.of(size * count) or 0.0))
+            if rate > most:
+                best, most = count, rate
+        return best
+
+    def _switch(self, active: bool) -> None:
+        if active != self.active:
+            self.active = active
+            rate = self.acceptance_rate
+            logger.info(
+                "speculation by %s is %s: %s of the drafts were right",
+                self.drafter.name, "on" if active else "off, for it would be slower",
+                "none yet" if rate is None else f"{rate:.0%}",
+            )  # fmt: skip
