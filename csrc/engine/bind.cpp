@@ -17,6 +17,8 @@
 #include "../isa.hpp"
 #include "../threads.hpp"
 #include "model.hpp"
+#include "sample.hpp"
+#include "team.hpp"
 
 namespace nb = nanobind;
 
@@ -290,6 +292,35 @@ void head_logits(Model& model, Array<const float, 2> states, bool exact, int thr
   model.head(states.data(), states.shape(0), {exact, threads}, out.data());
 }
 
+// A token for each row of logits; -1 where they are not finite.
+void sample_rows(Array<const float, 2> logits, Array<const double, 1> temperatures, Array<const int64_t, 1> top_ks,
+                 Array<const double, 1> top_ps, Array<const double, 1> min_ps, Array<const uint64_t, 1> seeds,
+                 Array<const int64_t, 1> positions, int threads, Array<int64_t, 1> out) {
+  const size_t rows = logits.shape(0);
+  const int64_t vocab_size = logits.shape(1);
+  require(vocab_size > 0, "there are no tokens to draw");
+  for (const size_t length : {temperatures.shape(0), top_ks.shape(0), top_ps.shape(0), min_ps.shape(0), seeds.shape(0),
+                              positions.shape(0), out.shape(0)}) {
+    require(length == rows, "every row needs its params and its place in out");
+  }
+  for (size_t row = 0; row < rows; ++row) {
+    require(temperatures.data()[row] >= 0 && top_ks.data()[row] >= 0, "temperature and top_k must not be negative");
+    require(top_ps.data()[row] > 0 && min_ps.data()[row] >= 0, "top_p must be above 0, and min_p not negative");
+  }
+  checked(threads);
+  nb::gil_scoped_release release;
+  Team::instance().run(std::min(threads, int(std::min<size_t>(rows, 1024))), [&](Rank& rank) {
+    static thread_local Drawer drawer;
+    rank.share(rows, 1, false, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        out.data()[row] = drawer.draw(logits.data() + row * vocab_size, vocab_size,
+                                      {temperatures.data()[row], top_ks.data()[row], top_ps.data()[row],
+                                       min_ps.data()[row], seeds.data()[row], positions.data()[row]});
+      }
+    });
+  });
+}
+
 }  // namespace
 
 void bind_engine(nb::module_& m) {
@@ -356,6 +387,9 @@ void bind_engine(nb::module_& m) {
       .def("hidden", step_hidden, tokens, query_start, context_lens, tables, rows, exact, threads, out)
       .def("best", step_best, tokens, query_start, context_lens, tables, rows, exact, threads, out)
       .def("head", head_logits, nb::arg("states").noconvert(), exact, threads, out);
+  m.def("sample_rows", sample_rows, nb::arg("logits").noconvert(), nb::arg("temperatures").noconvert(),
+        nb::arg("top_ks").noconvert(), nb::arg("top_ps").noconvert(), nb::arg("min_ps").noconvert(),
+        nb::arg("seeds").noconvert(), nb::arg("positions").noconvert(), threads, out);
 }
 
 }  // namespace gossamer

@@ -20,7 +20,9 @@ constexpr int64_t redundant_tokens = 2;
 // From so many tokens on, work is handed out in small pieces: whoever is held up does less of it.
 constexpr int64_t dynamic_tokens = 16;
 constexpr int64_t max_step_tokens = 1 << 16;
-constexpr int64_t split_context = 128;
+// Tokens of context whose results are made apart and merged in order: the same parts whatever else is in the batch and
+// whoever computes them, so that a token's result does not depend on either. A multiple of ChunkTokens.
+constexpr int64_t part_tokens = 256;
 
 int64_t padded(int64_t count) { return (count + BlockColumns - 1) / BlockColumns * BlockColumns; }
 int64_t tile_padded(int64_t count) { return (count + TileRows - 1) / TileRows * TileRows; }
@@ -85,12 +87,12 @@ struct Model::Layer {
   int64_t ffn_stride;
 };
 
-// A piece of attention: some query tokens of one sequence and the heads that share a key-value head.
+// A piece of attention: some query tokens of one sequence, the heads that share a key-value head, and parts of the context.
 struct Model::Unit {
   int32_t sequence, kv_head, first, tokens;  // first: of the query tokens, counted over the batch
   int64_t position, begin, end;
-  int32_t split;  // number of the partial result, or -1: the only one
-  int32_t splits;
+  int32_t partial;  // number of the partial result, or -1: all parts are here
+  int32_t parts;    // of the whole context
 };
 
 struct Model::Run {
@@ -366,12 +368,24 @@ void Model::check(const Step& s) const {
     require(0 <= s.rows[r] && s.rows[r] < s.token_count, "a row of the results is no token of the step");
 }
 
+static int64_t partial_floats_of(int64_t head_dim) { return MaxQueryRows * (head_dim + 2); }
+
+// The mean that a partial result [rows, dim + 2] stands for, into rows of `group` heads.
+static void finish_partial(const float* partial, int64_t tokens, int64_t group, int64_t dim, float* out,
+                           int64_t stride) {
+  for (int64_t r = 0; r < tokens * group; ++r, partial += dim + 2) {
+    float* row = out + r / group * stride + r % group * dim;
+    for (int64_t d = 0; d < dim; ++d) row[d] = partial[d] / partial[dim + 1];
+  }
+}
+
 // Pieces of attention for layers with so many key-value heads and query heads to each.
 static void plan_units(const Step& s, int64_t group, int64_t kv_heads, int64_t head_dim, int threads, auto& plan) {
   plan.units.clear();
   plan.split.clear();
   plan.partial_floats = 0;
   const int64_t per_unit = std::max<int64_t>(1, MaxQueryRows / group);
+  const int64_t size = partial_floats_of(head_dim);
   int64_t whole = 0;
   for (int64_t i = 0; i < s.sequences; ++i)
     whole += (s.query_start[i + 1] - s.query_start[i] + per_unit - 1) / per_unit * kv_heads;
@@ -380,18 +394,17 @@ static void plan_units(const Step& s, int64_t group, int64_t kv_heads, int64_t h
     for (int64_t first = 0; first < count; first += per_unit) {
       const int64_t tokens = std::min(per_unit, count - first);
       const int64_t position = s.context[i] - count + first, end = position + tokens;
-      int64_t splits = 1;
-      if (threads > 1 && whole < 2 * threads) splits = std::clamp<int64_t>(end / split_context, 1, 2 * threads);
-      const int64_t part = (end + splits * PageTokens - 1) / (splits * PageTokens) * PageTokens;
-      splits = (end + part - 1) / part;
+      const int64_t parts = (end + part_tokens - 1) / part_tokens;
+      const bool apart = parts > 1 && threads > 1 && whole < 4 * threads;  // too few for all threads
       for (int64_t head = 0; head < kv_heads; ++head)
-        for (int64_t k = 0; k < splits; ++k) {
+        for (int64_t k = 0; k < (apart ? parts : 1); ++k) {
           plan.units.push_back({int32_t(i), int32_t(head), int32_t(s.query_start[i] + first), int32_t(tokens), position,
-                                k * part, std::min(end, (k + 1) * part), -1, int32_t(splits)});
-          if (splits == 1) continue;
+                                k * part_tokens, apart ? std::min(end, (k + 1) * part_tokens) : end, -1,
+                                int32_t(parts)});
+          if (!apart) continue;
           auto& unit = plan.units.back();
-          unit.split = int32_t(plan.partial_floats / (MaxQueryRows * (head_dim + 2)));
-          plan.partial_floats += MaxQueryRows * (head_dim + 2);
+          unit.partial = int32_t(plan.partial_floats / size);
+          plan.partial_floats += size;
           if (k == 0) plan.split.push_back(unit);
         }
     }
@@ -428,7 +441,7 @@ void Model::execute(Run& run) {
   }
   for (int i = 0; i < threads; ++i) {
     size_ready(*run.own[i], redundant_tokens);
-    run.scratch[i]->get(scratch_floats(shape.head_dim));
+    run.scratch[i]->get(scratch_floats(shape.head_dim) + 2 * partial_floats_of(shape.head_dim));
     if (run.what == Run::best) {
       const int64_t rows = run.step->row_count;
       std::fill_n(run.found[i]->value.get(rows), rows, -INFINITY);
@@ -501,6 +514,7 @@ void Model::blocks_of(Run& run, Rank& rank) {
   rank.barrier();
   run.spent(rank, 0);
   const float q_scale = 1.4426950408889634f / std::sqrt(float(dim));
+  const int64_t partial_size = partial_floats_of(dim);
   std::vector<Product> products;
   Acts acts[3];
   for (size_t l = 0; l < layers_.size(); ++l) {
@@ -555,15 +569,18 @@ void Model::blocks_of(Run& run, Rank& rank) {
         a.block_stride = kv_heads * page;
         a.table = s.tables + unit.sequence * s.table_width;
         a.position = unit.position;
-        a.begin = unit.begin;
-        a.end = unit.end;
-        a.out_stride = run.mixed_stride;
-        if (unit.split < 0)
-          a.out = mixed + unit.first * run.mixed_stride + unit.kv_head * layer.group * dim;
-        else
-          a.partial = run.partial.data() + int64_t(unit.split) * MaxQueryRows * (dim + 2);
         a.scratch = run.scratch[rank.id]->data();
-        ops.attend(a);
+        float* own = a.scratch + scratch_floats(dim);  // two partial results
+        float* into = unit.partial < 0 ? own : run.partial.data() + int64_t(unit.partial) * partial_size;
+        for (a.begin = unit.begin; a.begin < unit.end; a.begin = a.end) {
+          a.end = std::min(unit.end, a.begin + part_tokens);
+          a.partial = a.begin == unit.begin ? into : own + partial_size;
+          ops.attend(a);
+          if (a.begin > unit.begin) ops.merge(into, a.partial, int(unit.tokens * layer.group), dim);
+        }
+        if (unit.partial < 0)
+          finish_partial(into, unit.tokens, layer.group, dim,
+                         mixed + unit.first * run.mixed_stride + unit.kv_head * layer.group * dim, run.mixed_stride);
       }
     });
     rank.barrier();
@@ -571,22 +588,11 @@ void Model::blocks_of(Run& run, Rank& rank) {
       rank.share(int64_t(plan.split.size()), 1, true, [&](int64_t begin, int64_t end) {
         for (int64_t u = begin; u < end; ++u) {
           const Unit& unit = plan.split[u];
-          const int64_t size = MaxQueryRows * (dim + 2);
-          const float* first = run.partial.data() + int64_t(unit.split) * size;
-          for (int64_t r = 0; r < unit.tokens * layer.group; ++r) {
-            float most = -INFINITY, total = 0.0f;
-            for (int k = 0; k < unit.splits; ++k) most = std::max(most, first[k * size + r * (dim + 2) + dim]);
-            float* out = mixed + (unit.first + r / layer.group) * run.mixed_stride +
-                         (unit.kv_head * layer.group + r % layer.group) * dim;
-            std::fill(out, out + dim, 0.0f);
-            for (int k = 0; k < unit.splits; ++k) {
-              const float* part = first + k * size + r * (dim + 2);
-              const float weight = std::exp2(part[dim] - most);
-              total += weight * part[dim + 1];
-              for (int64_t d = 0; d < dim; ++d) out[d] += weight * part[d];
-            }
-            for (int64_t d = 0; d < dim; ++d) out[d] /= total;
-          }
+          float* first = run.partial.data() + int64_t(unit.partial) * partial_size;
+          for (int k = 1; k < unit.parts; ++k)
+            ops.merge(first, first + k * partial_size, int(unit.tokens * layer.group), dim);
+          finish_partial(first, unit.tokens, layer.group, dim,
+                         mixed + unit.first * run.mixed_stride + unit.kv_head * layer.group * dim, run.mixed_stride);
         }
       });
       rank.barrier();

@@ -100,8 +100,6 @@ struct Attend {
   const int32_t* table;   // block numbers of the sequence
   int64_t position;       // of the first query token
   int64_t begin, end;     // context to look at: from a multiple of 16 on
-  float* out;             // [tokens, out_stride], `group` heads; null: partial results instead
-  int64_t out_stride;
   float* partial;         // [tokens * group, head_dim + 2] unnormalized sum, maximum, sum of weights
   float* scratch;         // scratch_floats(head_dim)
 };
@@ -130,6 +128,8 @@ struct Ops {
   // Stores key and value of one token at `slot` of a page.
   void (*cache)(uint8_t* page, KvKind, int64_t head_dim, int slot, const float* key, const float* value);
   void (*attend)(const Attend&);
+  // Partial results of one part of the context onto those of the parts before it.
+  void (*merge)(float* into, const float* part, int rows, int64_t head_dim);
   // y = activation(gate) * up.
   void (*gate)(Activation, const float* gate, const float* up, int64_t count, float* y);
   // As many products as the core can do, on registers alone: of bytes (4-bit codes) or of floats. Returns the number.

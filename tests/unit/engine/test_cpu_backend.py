@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from engine_batches import NUM_BLOCKS, RAGGED, check, random_steps
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.load import load_decoder
-from gossamer.engine.backend import Batch
+from gossamer.engine.backend import Batch, blocks_for
 from gossamer.engine.cpu import CpuBackend
 from gossamer.errors import EngineError
 from gossamer.model.decoder import Decoder
@@ -83,6 +83,34 @@ def test_the_same_step_gives_the_same_bits(folder) -> None:
     first = backend.forward(step)
     for _ in range(20):
         assert torch.equal(backend.forward(step), first)
+
+
+@pytest.mark.parametrize("activations", ["auto", "exact"])
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+def test_logits_have_the_same_bits_in_any_batch_and_any_chunks(isa, folder, activations, kv_dtype) -> None:
+    backend = CpuBackend(open_checkpoint(folder), activations=activations, kv_dtype=kv_dtype, threads=2)
+    length, many = backend.config.max_positions, 20
+    backend.reserve(many * blocks_for(length))
+    tables = np.random.default_rng(1).permutation(many * blocks_for(length)).astype(np.int32).reshape(many, -1)
+    tokens = np.random.default_rng(0).integers(0, backend.config.vocab_size, length).astype(np.int32)
+
+    def read(*chunks: int, sequence: int = 0) -> torch.Tensor:
+        rows, end = [], 0
+        for count in chunks:
+            end += count
+            starts, wanted = np.array([0, count], np.int32), np.arange(count, dtype=np.int32)
+            context = np.array([end], np.int32)
+            rows.append(backend.forward(Batch(tokens[end - count : end], starts, context, tables[[sequence]], wanted)))
+        return torch.cat(rows)
+
+    whole = read(length)
+    assert torch.equal(read(*[1] * length), whole)
+    assert torch.equal(read(*[7] * (length // 7), length % 7), whole)
+    for sequence in range(many):
+        read(length - 1, sequence=sequence)
+    starts = np.arange(many + 1, dtype=np.int32)
+    together = Batch(np.repeat(tokens[-1:], many), starts, np.full(many, length, np.int32), tables, starts[:-1])
+    assert torch.equal(backend.forward(together), whole[-1:].expand(many, -1))
 
 
 def test_logits_that_are_no_numbers_are_reported(write_tiny_model, tmp_path) -> None:

@@ -25,6 +25,9 @@ class NgramDrafter:
         """Up to `count` tokens for each sequence; none where nothing like its end came before."""
         return [self._indexes.setdefault(s, _Index()).guess(s.ids, count) for s in sequences]
 
+    def behind(self, sequences: Many[Sequence]) -> float:
+        return 0.0
+
     def forget(self, sequence: Sequence) -> None:
         self._indexes.pop(sequence, None)
 

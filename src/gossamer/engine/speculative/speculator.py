@@ -28,6 +28,15 @@ PLAIN_EVERY = 24
 FIRST_PAUSE, LONGEST_PAUSE = 16, 512
 """While they are off, they are tried again after so many steps; each time in vain doubles it."""
 
+GUESSED_SLOPE = 0.1
+"""What a step of twice as many tokens is believed to take more, before it was tried."""
+HORIZON = 128
+"""Tokens of each sequence over which reading what the drafter has not read yet must pay."""
+QUIET_SECONDS = 10.0
+"""Between two remarks on whether drafts are made."""
+TRIAL_STEPS = 3
+"""Steps of a trial; the first of them catches up and says little."""
+
 logger = logging.getLogger("gossamer.engine")
 
 
@@ -37,9 +46,14 @@ class Drafter(Protocol):
     name: str
     most: int
 
-    def propose(self, sequences: Many[Sequence], samplers: Many[Sampler], count: int) -> list[list[int]]: ...
+    def propose(self, sequences: Many[Sequence], samplers: Many[Sampler], count: int) -> list[list[int]]:
+        """Up to `count` tokens for each sequence."""
 
-    def forget(self, sequence: Sequence) -> None: ...
+    def behind(self, sequences: Many[Sequence]) -> float:
+        """Seconds that it takes to read what it has not read of them yet."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence has ended."""
 
 
 class Rate:
@@ -67,15 +81,15 @@ class Costs:
         self._seconds[_bucket(tokens)] = seconds if before is None else 0.7 * before + 0.3 * seconds
 
     def of(self, tokens: int) -> float | None:
-        """Seconds of a step of so many tokens: between those that are known, else the nearest smaller one's."""
+        """Seconds of a step of so many tokens: between those that are known, or a little more than the largest."""
         wanted = _bucket(tokens)
         below = max((b for b in self._seconds if b <= wanted), default=None)
         above = min((b for b in self._seconds if b >= wanted), default=None)
         if below is None:
             return None if above is None else self._seconds[above]
-        if above is None or above == below:
-            return self._seconds[below]
-        share = (wanted - below) / (above - below)
+        if above is None:
+            return self._seconds[below] * (1 + GUESSED_SLOPE * (wanted - below) / below)
+        share = (wanted - below) / (above - below) if above > below else 0.0
         return (1 - share) * self._seconds[below] + share * self._seconds[above]
 
 
@@ -107,42 +121,46 @@ class Speculator:
         self._since_plain = 0
         self._pause = FIRST_PAUSE
         self._paused = 0
-        self._asked = 0.0
-        self._probing = False
+        self._trial_left = 0
+        self._told = -QUIET_SECONDS
+        self._drafted_before = False
 
     def propose(self, running: Many[Sequence], samplers: Mapping[Sequence, Sampler]) -> None:
         """Give drafts to the sequences that decode."""
         decoding = [s for s in running if s.missing == 1]
-        self._asked = 0.0
         count = self._count(decoding)
         if not decoding or count == 0:
+            self._drafted_before = False
             return
         began = time.perf_counter()
         guesses = self.drafter.propose(decoding, [samplers[s] for s in decoding], count)
-        self._asked = time.perf_counter() - began
+        seconds = time.perf_counter() - began
         for sequence, guess in zip(decoding, guesses, strict=True):
             room = sequence.limit - sequence.generated - 1  # the last token needs no draft
             sequence.drafts = self._allowed(samplers[sequence], guess[: max(0, room)])
         made = sum(len(s.drafts) for s in decoding)
-        if made:
-            self._draft_seconds.note(made, self._asked)
+        if made and self._drafted_before:  # else it had to catch up, which `behind` accounts for
+            self._draft_seconds.note(made, seconds)
+        self._drafted_before = True
 
     def observe(
         self, pieces: Many[Piece], outputs: Many[Output], drafts: Mapping[Sequence, int], seconds: float
     ) -> None:
         """Learn from a step: how many drafts each sequence had, what came of them, and how long it took."""
-        got = {(o.request_id, o.choice): len(o.tokens) for o in outputs}
+        told = {(o.request_id, o.choice): o for o in outputs}
         fed = 0
         for piece in pieces:
             sequence, made = piece.sequence, drafts.get(piece.sequence, 0)
             fed += 1 + made
             if made:
-                right = max(0, got.get((sequence.request_id, sequence.choice), 1) - 1)
+                output = told[sequence.request_id, sequence.choice]
+                right = max(0, len(output.tokens) - 1)
                 self.drafted += made
                 self.accepted += right
                 trials = right + (right < made)
-                self._rates.setdefault(sequence, Rate(self._overall.hits, self._overall.trials)).note(right, trials)
                 self._overall.note(right, trials)
+                if output.finish_reason is None:  # else it was forgotten already
+                    self._rates.setdefault(sequence, Rate(self._overall.hits, self._overall.trials)).note(right, trials)
         if all(piece.count == 1 for piece in pieces):
             self._costs.note(fed, seconds)
 
@@ -175,11 +193,18 @@ class Speculator:
                 self._since_plain = 0
                 return 0
             return best
+        return self._trial()
+
+    def _trial(self) -> int:
+        """Drafts of a step while they do not pay: none, or a few now and then, to see whether that has changed."""
+        if self._trial_left > 0:
+            self._trial_left -= 1
+            return min(2, self.most)
         self._paused += 1
-        if self._paused < self._pause:
-            return 0
-        self._paused, self._pause = 0, min(2 * self._pause, LONGEST_PAUSE)
-        return min(2, self.most)
+        if self._paused >= self._pause:
+            self._paused, self._pause = 0, min(2 * self._pause, LONGEST_PAUSE)
+            self._trial_left = TRIAL_STEPS
+        return 0
 
     def _best(self, decoding: Many[Sequence]) -> int:
         """The number of drafts that promises the most tokens a second; 0 if none beats going without by the margin."""
@@ -195,13 +220,17 @@ class Speculator:
             rate = tokens / (step + (self._draft_seconds.of(size * count) or 0.0))
             if rate > most:
                 best, most = count, rate
-        return best
+        saved = HORIZON * size * (plain / size - 1 / most)  # seconds, over the next tokens of all
+        return best if best and saved > self.drafter.behind(decoding) else 0
 
     def _switch(self, active: bool) -> None:
         if active != self.active:
             self.active = active
             rate = self.acceptance_rate
-            logger.info(
+            level = logging.DEBUG if time.monotonic() < self._told + QUIET_SECONDS else logging.INFO
+            self._told = time.monotonic() if level == logging.INFO else self._told
+            logger.log(
+                level,
                 "speculation by %s is %s: %s of the drafts were right",
                 self.drafter.name, "on" if active else "off, for it would be slower",
                 "none yet" if rate is None else f"{rate:.0%}",
