@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t Block = 64;  // tokens that are looked at together
 constexpr int Lanes = 16;      // written out: compilers do not reorder floats on their own
-constexpr int BinShift = 19, Bins = 1 << 11;  // of weights: 16 to a power of two
+constexpr int BinShift = 18, Bins = (127 << (23 - BinShift)) + 1;  // of weights from 1 to 2^-126
 constexpr double Log2E = 1.4426950408889634;
 constexpr float SteepestSlope = 1e30f;
 
@@ -23,8 +23,9 @@ inline uint64_t mixed(uint64_t x) {
   return x ^ (x >> 31);
 }
 
-// 2^z for z from -126 to 0, to 1e-7 of it.
-inline float power_of_two(float z) {
+// 2^z for z up to 0, to 1e-7 of it; nothing is below 2^-126.
+inline float weight_of(float exponent) {
+  const float z = exponent > -126.0f ? exponent : -126.0f;
   constexpr float round = 12582912.0f;  // 1.5 * 2^23: what is added to it becomes an integer
   const float whole = z + round, f = z - (whole - round);
   const float p =
@@ -138,129 +139,124 @@ bool Drawer::find_best() {
   return true;
 }
 
-// Leaves as candidates what top_k, then top_p, then min_p keep.
+// Leaves in kept_ what top_k, then top_p, then min_p keep.
 void Drawer::truncate() {
-  const double allowed = params_.min_p > 0 ? best_ + params_.temperature * std::log(params_.min_p)
-                                           : -std::numeric_limits<double>::infinity();
-  if (params_.top_k > 0 || params_.top_p == 1) {
-    float least = std::max(float(std::max(allowed, double(std::numeric_limits<float>::lowest()))),
-                           std::numeric_limits<float>::lowest());
-    if (params_.top_p < 1) least = std::numeric_limits<float>::lowest();  // top_p is of all that top_k keeps
-    gather_logits(params_.top_k > 0 ? std::max(least, least_of_top_k()) : least);
-    if (params_.top_k > 0 && count_ > params_.top_k) {
-      std::nth_element(candidates_.begin(), candidates_.begin() + params_.top_k, candidates_.begin() + count_, likelier);
-      count_ = params_.top_k;
-    }
-    if (params_.top_p < 1) keep_top_p(params_.top_p * weigh_candidates());
+  constexpr float lowest = std::numeric_limits<float>::lowest();
+  const double allowed = params_.min_p > 0 ? best_ + params_.temperature * std::log(params_.min_p) : double(lowest);
+  const float least = params_.top_p < 1 ? lowest : float(std::max(allowed, double(lowest)));
+  if (params_.top_k > 0) {
+    gather_top_k(least);
+  } else if (params_.top_p == 1) {
+    gather(logits_, least, maxima_.data());
   } else {
     // All tokens below this weight are together less than what top_p may drop.
     const double total = weigh_all();
-    gather_weights(float((1 - params_.top_p) * total / double(size_) * 0.999));
-    keep_top_p(params_.top_p * total);
+    gather(weights_.data(), float((1 - params_.top_p) * total / double(size_) * 0.999), nullptr);
+    keep_likeliest(params_.top_p * total, [&](int32_t token) { return weights_[token]; });
   }
-  const auto end = candidates_.begin() + count_;
-  count_ = std::remove_if(candidates_.begin(), end, [&](const Candidate& c) { return double(c.logit) < allowed; }) -
-           candidates_.begin();
+  if (params_.top_k > 0 && params_.top_p < 1) {
+    keep_likeliest(params_.top_p * weigh_kept(), [&](int32_t token) { return weights_[token]; });
+  }
+  const auto begin = kept_.begin();
+  count_ = std::remove_if(begin, begin + count_, [&](int32_t token) { return logits_[token] < allowed; }) - begin;
 }
 
-bool Drawer::likelier(const Candidate& a, const Candidate& b) {
-  return a.logit != b.logit ? a.logit > b.logit : a.token < b.token;
+// Puts the tokens in kept_ whose value is not below `least`.
+void Drawer::gather(const float* values, float least, const float* block_maxima) {
+  kept_.resize(size_ + 1);
+  count_ = 0;
+  for (int64_t at = 0; at < size_; at += Block) {
+    if (block_maxima && block_maxima[at / Block] < least) continue;
+    const int64_t end = std::min(at + Block, size_);
+    for (int64_t i = at; i < end; ++i) {
+      kept_[count_] = int32_t(i);  // without a branch: it stays if the count goes up
+      count_ += values[i] >= least;
+    }
+  }
 }
+
+// The top_k likeliest, without some that are below `least`.
+void Drawer::gather_top_k(float least) {
+  const int64_t k = params_.top_k;
+  weights_.resize(size_);
+  if (k <= int64_t(maxima_.size())) {  // k tokens reach the k-th largest of the maxima, and few others do
+    sorted_ = maxima_;
+    std::nth_element(sorted_.begin(), sorted_.begin() + (k - 1), sorted_.end(), std::greater<float>());
+    gather(logits_, std::max(least, sorted_[k - 1]), maxima_.data());
+    weigh_kept();
+  } else {
+    weigh_all();
+    gather(logits_, least, maxima_.data());
+  }
+  if (count_ > k) keep_likeliest(double(k), [](int32_t) { return 1.0; });
+}
+
+bool Drawer::likelier(int32_t a, int32_t b) const { return logits_[a] != logits_[b] ? logits_[a] > logits_[b] : a < b; }
 
 // Fills weights_ and returns their sum.
 double Drawer::weigh_all() {
   weights_.resize(size_);
   double sum = 0;
   for (int64_t at = 0; at < size_; at += Block) {
-    const int64_t count = std::min(Block, size_ - at);
+    const int64_t count = std::min(Block, size_ - at), whole = count / Lanes * Lanes;
     const float* x = logits_ + at;
-    float *w = weights_.data() + at, block_sum[Lanes] = {};
-    for (int64_t i = 0; i < count; ++i) {
-      const float z = (x[i] - best_) * slope_;
-      w[i] = power_of_two(z > -126.0f ? z : -126.0f);
+    float *w = weights_.data() + at, sums[Lanes] = {};
+    for (int64_t i = 0; i < count; ++i) w[i] = weight_of((x[i] - best_) * slope_);
+    for (int64_t i = 0; i < whole; i += Lanes) {
+      for (int j = 0; j < Lanes; ++j) sums[j] += w[i + j];
     }
-    for (int64_t i = 0; i < count / Lanes * Lanes; i += Lanes) {
-      for (int j = 0; j < Lanes; ++j) block_sum[j] += w[i + j];
-    }
-    for (int64_t i = count / Lanes * Lanes; i < count; ++i) block_sum[0] += w[i];
-    for (const float s : block_sum) sum += s;
+    for (int64_t i = whole; i < count; ++i) sums[0] += w[i];
+    for (const float s : sums) sum += s;
   }
   return sum;
 }
 
-double Drawer::weigh_candidates() {
+double Drawer::weigh_kept() {
   double sum = 0;
   for (int64_t i = 0; i < count_; ++i) {
-    Candidate& c = candidates_[i];
-    c.weight = float(std::exp((double(c.logit) - best_) / params_.temperature));
-    sum += c.weight;
+    sum += weights_[kept_[i]] = weight_of((logits_[kept_[i]] - best_) * slope_);
   }
   return sum;
 }
 
-// A logit that at least top_k tokens reach: if so many blocks exist, the top_k-th of their largest.
-float Drawer::least_of_top_k() {
-  if (params_.top_k > int64_t(maxima_.size())) return std::numeric_limits<float>::lowest();
-  sorted_ = maxima_;
-  const auto at = sorted_.begin() + (params_.top_k - 1);
-  std::nth_element(sorted_.begin(), at, sorted_.end(), std::greater<float>());
-  return std::max(*at, std::numeric_limits<float>::lowest());
+// By weight, the largest first: so many bins to a power of two as 2^(23 - BinShift).
+int Drawer::bin_of(int32_t token) const {
+  return std::max(0, std::bit_cast<int32_t>(1.0f) - std::bit_cast<int32_t>(weights_[token])) >> BinShift;
 }
 
-void Drawer::gather_logits(float least) {
-  candidates_.resize(std::max<size_t>(candidates_.size(), size_ + 1));
-  count_ = 0;
-  for (int64_t at = 0; at < size_; at += Block) {
-    if (maxima_[at / Block] < least) continue;
-    for (int64_t i = at; i < std::min(at + Block, size_); ++i) {
-      candidates_[count_] = {logits_[i], 0.0f, i};  // without a branch: stays if the count goes up
-      count_ += logits_[i] >= least;
-    }
-  }
-}
-
-void Drawer::gather_weights(float least) {
-  candidates_.resize(std::max<size_t>(candidates_.size(), size_ + 1));
-  count_ = 0;
-  for (int64_t i = 0; i < size_; ++i) {
-    candidates_[count_] = {logits_[i], weights_[i], i};
-    count_ += weights_[i] >= least;
-  }
-}
-
-// Keeps the likeliest candidates, up to the one whose weight makes their sum reach the target.
-void Drawer::keep_top_p(double target) {
-  double bins[Bins] = {};
-  const auto bin_of = [](const Candidate& c) {
-    return std::clamp((std::bit_cast<int32_t>(1.0f) - std::bit_cast<int32_t>(c.weight)) >> BinShift, 0, Bins - 1);
-  };
-  for (int64_t i = 0; i < count_; ++i) bins[bin_of(candidates_[i])] += candidates_[i].weight;
-  double before = 0;
-  int last = 0;  // the bin of that candidate
+// Keeps the likeliest of the tokens, as many as are needed for measures whose sum reaches the target.
+template <class Measure>
+void Drawer::keep_likeliest(double target, const Measure& measure) {
+  double bins[Bins] = {}, before = 0;
+  for (int64_t i = 0; i < count_; ++i) bins[bin_of(kept_[i])] += measure(kept_[i]);
+  int last = 0;  // the bin in which it is reached
   while (last < Bins - 1 && before + bins[last] < target) before += bins[last++];
   undecided_.clear();
   int64_t kept = 0;
   for (int64_t i = 0; i < count_; ++i) {
-    const Candidate c = candidates_[i];
-    const int bin = bin_of(c);
-    if (bin == last) undecided_.push_back(c);
-    candidates_[kept] = c;
+    const int32_t token = kept_[i];
+    const int bin = bin_of(token);
+    if (bin == last) undecided_.push_back(token);
+    kept_[kept] = token;
     kept += bin < last;
   }
-  const int64_t more = crossing(undecided_.data(), int64_t(undecided_.size()), target - before);
-  std::copy_n(undecided_.begin(), more, candidates_.begin() + kept);
+  const int64_t more = crossing(target - before, measure);
+  std::copy_n(undecided_.begin(), more, kept_.begin() + kept);
   count_ = kept + more;
 }
 
-// Puts the likeliest first, as many as are needed for a sum that reaches the target; returns how many.
-int64_t Drawer::crossing(Candidate* first, int64_t count, double target) {
-  int64_t begin = 0, end = count;
+// Puts the likeliest of undecided_ first, as many as are needed for a sum that reaches the target; returns how many.
+template <class Measure>
+int64_t Drawer::crossing(double target, const Measure& measure) {
+  const auto order = [this](int32_t a, int32_t b) { return likelier(a, b); };
+  const auto first = undecided_.begin();
+  int64_t begin = 0, end = int64_t(undecided_.size());
   double sum = 0;
   while (end - begin > 32) {
     const int64_t middle = (begin + end) / 2;
-    std::nth_element(first + begin, first + middle, first + end, likelier);
+    std::nth_element(first + begin, first + middle, first + end, order);
     double half = 0;
-    for (int64_t i = begin; i < middle; ++i) half += first[i].weight;
+    for (int64_t i = begin; i < middle; ++i) half += measure(first[i]);
     if (sum + half >= target) {
       end = middle;
     } else {
@@ -268,8 +264,8 @@ int64_t Drawer::crossing(Candidate* first, int64_t count, double target) {
       begin = middle;
     }
   }
-  std::sort(first + begin, first + end, likelier);
-  while (begin < end && sum < target) sum += first[begin++].weight;
+  std::sort(first + begin, first + end, order);
+  while (begin < end && sum < target) sum += measure(first[begin++]);
   return begin;
 }
 
@@ -278,10 +274,10 @@ int64_t Drawer::contest() const {
   kept.enter(best_, best_token_);
   float logits[Block];
   for (int64_t at = 0; at < count_; at += Block) {
-    const Candidate* c = candidates_.data() + at;
+    const int32_t* tokens = kept_.data() + at;
     const int64_t count = std::min(Block, count_ - at);
-    for (int64_t j = 0; j < count; ++j) logits[j] = c[j].logit;
-    kept.enter_block(logits, count, [&](int64_t j) { return c[j].token; });
+    for (int64_t j = 0; j < count; ++j) logits[j] = logits_[tokens[j]];
+    kept.enter_block(logits, count, [&](int64_t j) { return int64_t(tokens[j]); });
   }
   return kept.winner();
 }

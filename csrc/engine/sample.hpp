@@ -22,21 +22,18 @@ class Drawer {
   int64_t draw(const float* logits, int64_t vocab_size, const DrawParams&);
 
  private:
-  struct Candidate {
-    float logit, weight;  // weight: exp((logit - best) / temperature)
-    int64_t token;
-  };
-  static bool likelier(const Candidate& a, const Candidate& b);
-  static int64_t crossing(Candidate* first, int64_t count, double target);
-
   bool find_best();
-  double weigh_all();
-  double weigh_candidates();
-  float least_of_top_k();
-  void gather_logits(float least);
-  void gather_weights(float least);
   void truncate();
-  void keep_top_p(double target);
+  void gather(const float* values, float least, const float* block_maxima);
+  void gather_top_k(float least);
+  double weigh_all();
+  double weigh_kept();
+  template <class Measure>
+  void keep_likeliest(double target, const Measure&);
+  template <class Measure>
+  int64_t crossing(double target, const Measure&);
+  int bin_of(int32_t token) const;
+  bool likelier(int32_t a, int32_t b) const;
   int64_t contest() const;
 
   const float* logits_;
@@ -45,9 +42,10 @@ class Drawer {
   float best_;  // the largest logit, its token, and log2(e) / temperature
   int64_t best_token_;
   float slope_;
-  std::vector<float> maxima_, sorted_, weights_;  // of each block of logits, likewise, of each token
-  std::vector<Candidate> candidates_, undecided_;
-  int64_t count_;  // of candidates
+  std::vector<float> maxima_, sorted_;  // the largest logit of each block
+  std::vector<float> weights_;          // of each token, where it is needed: exp((logit - best) / temperature)
+  std::vector<int32_t> kept_, undecided_;
+  int64_t count_;  // of tokens in kept_
 };
 
 }  // namespace gossamer

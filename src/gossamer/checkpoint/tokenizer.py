@@ -94,6 +94,10 @@ class Tokenizer:
         """Tokens that are not text."""
         return self._special_ids
 
+    def to_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return str(self._backend.to_str())
+
     def token_id(self, token: str) -> int | None:
         """The id of a token by its text in the vocabulary, or None."""
         found: int | None = self._backend.token_to_id(token)

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from types import ModuleType
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+
+from .. import settings
+from ..errors import KernelError
+from ..kernels import cpu, dispatch
 
 Doubles: TypeAlias = NDArray[np.float64]
 Ids: TypeAlias = NDArray[np.int64]
@@ -68,9 +73,23 @@ def sample_rows(
     seeds: Sequence[int],
     positions: Sequence[int],
 ) -> Ids:
-    """Tokens int64 [rows] drawn from logits float32 [rows, vocab_size], as `sample_row` does. Raises EngineError."""
-    columns = zip(temperatures, top_ks, top_ps, min_ps, seeds, positions, strict=True)
-    return np.array([sample_row(row, *fields) for row, fields in zip(logits, columns, strict=True)], np.int64)
+    """Tokens int64 [rows] drawn from logits float32 [rows, vocab_size], as `sample_row` does. Raises EngineError.
+
+    In C++ where there are kernels. That looks for likely winners in float32 and gives them their scores in float64, so
+    it draws what the reference does; but whether the last token fits into top_p is decided to a millionth of the sum.
+    """
+    extension = _extension()
+    columns = (temperatures, top_ks, top_ps, min_ps, seeds, positions)
+    if extension is None:
+        rows = zip(logits, *columns, strict=True)
+        return np.array([sample_row(row, *fields) for row, *fields in rows], np.int64)
+    types = (np.float64, np.int64, np.float64, np.float64, np.uint64, np.int64)
+    arrays = (np.asarray(column, dtype) for column, dtype in zip(columns, types, strict=True))
+    tokens = np.empty(len(logits), np.int64)
+    extension.sample_rows(logits.contiguous().numpy(), *arrays, settings.threads(), tokens)
+    if (tokens < 0).any():
+        _raise_not_finite()
+    return tokens
 
 
 def _kept(logits: Doubles, temperature: float, top_k: int, top_p: float, min_p: float) -> Ids:
@@ -83,8 +102,9 @@ def _kept(logits: Doubles, temperature: float, top_k: int, top_p: float, min_p: 
     with np.errstate(over="ignore"):
         weights = np.exp((kept - best) / temperature)
     before = np.cumsum(weights) - weights  # total of all likelier tokens
-    keep = (before < top_p * weights.sum()) & (weights >= min_p)
-    keep[0] = True
+    keep = before < top_p * weights.sum() if top_p < 1 else np.ones(len(kept), np.bool_)
+    if min_p > 0:
+        keep &= kept >= best + temperature * math.log(min_p)
     found: Ids = tokens[keep]
     return found
 
@@ -97,7 +117,15 @@ def _mixed(number: int) -> int:
     return number ^ number >> 31
 
 
-def _raise_not_finite() -> Any:
+def _extension() -> ModuleType | None:
+    """The C++ kernels; None where there are none, or the reference is asked for."""
+    try:
+        return None if dispatch.isa() == "reference" else cpu.extension()
+    except KernelError:
+        return None
+
+
+def _raise_not_finite() -> NoReturn:
     from .sampling import raise_not_finite  # which stands above this
 
     raise_not_finite()

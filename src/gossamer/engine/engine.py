@@ -70,6 +70,8 @@ class Engine:
         self._grammars: Grammars | None = None
         self._requests: dict[str, list[Sequence]] = {}
         self._samplers: dict[Sequence, Sampler] = {}
+        self._reasons: dict[Sequence, str] = {}
+        """Why a sequence cannot go on, where it is not that its logits are not finite."""
         self._epoch = backend.cache_epoch
         self._prompt_tokens = self._generated_tokens = self._steps = 0
         self._step_seconds = 0.0
@@ -117,7 +119,7 @@ class Engine:
         vocab_size, positions = self.backend.config.vocab_size, self.backend.config.max_positions
         if not prompt:
             raise EngineError("the prompt is empty")
-        for token in (*prompt, *(t for t, _ in params.logit_bias)):
+        for token in (*prompt, *(t for t, _ in params.logit_bias), *params.stop_token_ids):
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
                 raise EngineError(f"token {token!r} is not one of 0 to {vocab_size - 1}")
         room = positions - len(prompt)
@@ -274,24 +276,37 @@ class Engine:
                 samplers.append(sampler)
                 positions.append(sequence.generated + at)
                 if sampler.adjusts and i >= count - wanted:
-                    sampler.adjust(logits[row + i], sequence.tokens, piece.drafts[:at], sequence.end_ids)
+                    self._adjust(logits[row + i], sequence, piece.drafts[:at])
             row += count
         finite = finite_rows(logits)
         logits[[not good for good in finite]] = 0.0
         drawn = draw_rows(logits, samplers, positions)
         return [token if good else -1 for token, good in zip(drawn, finite, strict=True)]
 
+    def _adjust(self, logits: Tensor, sequence: Sequence, drafts: list[int]) -> None:
+        """Change a row of logits as its request asks; where that fails, the row fails alone, for this reason."""
+        try:
+            self._samplers[sequence].adjust(logits, sequence.tokens, drafts, sequence.end_ids)
+        except EngineError as error:
+            logits.fill_(torch.nan)
+            if not drafts:  # else the draft was no good, and is not followed so far
+                self._reasons[sequence] = error.message
+
     def _advance(self, piece: Piece, chosen: list[int], logits: Tensor | None) -> Output | None:
         """Take a piece's results into its sequence; what is to be told of them, if anything."""
         sequence = piece.sequence
+        first = sequence.generated == 0
+        told: list[Token] = []
+        error = None
         if self._tells_prompt(sequence) and logits is not None:
             self._note_prompt(sequence, piece.count, logits)
-            chosen, logits = chosen[len(chosen) - 1 :], logits[len(logits) - 1 :]
-        if not piece.ends:
+            error = NOT_FINITE if -1 in chosen[: piece.count] else None
+            chosen, logits = chosen[piece.count - 1 :], logits[piece.count - 1 :]
+        if error is None and not piece.ends:
             self.scheduler.done(piece, sequence.computed + piece.count)
             return None
-        first = sequence.generated == 0
-        told, error = self._push(sequence, piece.drafts, chosen, logits)
+        if error is None:
+            told, error = self._push(sequence, piece.drafts, chosen, logits)
         self.scheduler.done(piece, len(sequence.ids) - 1 if told else sequence.computed)
         self._generated_tokens += len(told)
         if error is not None or sequence.finish_reason is not None:
@@ -300,7 +315,7 @@ class Engine:
             sequence.request_id, sequence.choice, tuple(told),
             "abort" if error else sequence.finish_reason, sequence.stop_reason, error,
             sequence.prompt_tokens, sequence.cached_tokens or 0,
-            tuple(sequence.prompt_logprobs) if first and sequence.prompt_logprobs else None,
+            tuple(sequence.prompt_logprobs) if first and told and sequence.prompt_logprobs else None,
         )  # fmt: skip
 
     def _push(
@@ -310,7 +325,7 @@ class Engine:
         told: list[Token] = []
         for i, token in enumerate(chosen):
             if token < 0:
-                return told, NOT_FINITE
+                return told, self._reasons.get(sequence, NOT_FINITE)
             logprobs = None
             if sequence.params.logprobs is not None and logits is not None:
                 logprobs = token_logprobs(logits[i].log_softmax(-1), token, sequence.params.logprobs)
@@ -342,6 +357,7 @@ class Engine:
     def _leave(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
         del self._samplers[sequence]
+        self._reasons.pop(sequence, None)
         if self.speculator is not None:
             self.speculator.forget(sequence)
 

@@ -38,13 +38,17 @@ class Sampler:
         if params.logit_bias:
             tokens = torch.tensor([token for token, _ in params.logit_bias], dtype=torch.int64)
             logits[tokens] += torch.tensor([bias for _, bias in params.logit_bias])
-        if len(history) < params.min_tokens:
-            logits[torch.tensor(list(ends), dtype=torch.int64)] = -torch.inf
         if self.matcher is not None:
             matcher = self.matcher.copy() if drafts else self.matcher
             for token in drafts:
                 matcher.accept(token)
             matcher.mask(logits)
+        if len(history) < params.min_tokens:
+            ids = torch.tensor(list(ends), dtype=torch.int64)
+            before = logits[ids]
+            logits[ids] = -torch.inf
+            if self.matcher is not None and logits.amax() == -torch.inf:
+                logits[ids] = before  # its grammar is complete: there is nothing else to say
 
     @property
     def adjusts(self) -> bool:

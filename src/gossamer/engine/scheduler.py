@@ -94,9 +94,14 @@ class Scheduler:
         pieces: dict[int, Piece] = {}
         budget = self.max_batch_tokens
         preempted = self.preemptions
+        drafts = self._room_for_drafts()
         for sequence in list(self.running):
             if sequence.missing == 1 and sequence in self.running:  # else it made room for an older one
-                budget -= self._decode(sequence, budget, pieces)
+                del sequence.drafts[drafts:]
+                if self._decode(sequence):
+                    pieces[sequence.arrival] = Piece(sequence, 1)
+                    drafts -= len(sequence.drafts)
+                    budget -= 1 + len(sequence.drafts)
         for sequence in self.running:
             if sequence.missing > 1 and budget > 0:
                 pieces[sequence.arrival] = _chunk(sequence, budget)
@@ -115,28 +120,33 @@ class Scheduler:
         sequence.computed = computed
         sequence.drafts = []
         self.blocks.commit(sequence.table, sequence.ids, computed)
+        self.blocks.shrink(sequence.table, len(sequence.ids))  # what only drafts needed
 
-    def _decode(self, sequence: Sequence, budget: int, pieces: dict[int, Piece]) -> int:
-        """Take a decoding sequence into the step, preempting younger ones if it must; the tokens that it takes."""
-        others = sum(1 for s in self.running if s.missing == 1 and s.arrival > sequence.arrival)
-        del sequence.drafts[max(0, budget - 1 - others) :]  # every other decode has its token
-        if not self.blocks.grow(sequence.table, len(sequence.ids) + len(sequence.drafts)):
+    def _room_for_drafts(self) -> int:
+        """Tokens of a step that drafts may take: each sequence has one first, prompts to be read half of the rest."""
+        room = self.max_batch_tokens - len(self.running)
+        enter = bool(self.waiting) and len(self.running) < self.max_sequences
+        return room // 2 if enter or any(s.missing > 1 for s in self.running) else room
+
+    def _decode(self, sequence: Sequence) -> bool:
+        """Take blocks for the token of a decoding sequence, preempting the youngest if it must, maybe itself: False."""
+        others = len(self.running) - 1  # drafts take no block that another may need now
+        if not self.blocks.grow(sequence.table, len(sequence.ids) + len(sequence.drafts), others):
             sequence.drafts = []
         while not self.blocks.grow(sequence.table, len(sequence.ids)):
             youngest = self.running[-1]
             self._preempt(youngest)
-            pieces.pop(youngest.arrival, None)
             if youngest is sequence:
-                return 0
-        pieces[sequence.arrival] = Piece(sequence, 1)
-        return 1 + len(sequence.drafts)
+                return False
+        return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue, to be computed again from its tokens."""
         self.running.remove(sequence)
         self.blocks.release(sequence.table)
         sequence.computed, sequence.drafts = 0, []
-        sequence.digests = chain(sequence.ids) if sequence.digests else []  # some of it may still be there by then
+        if sequence.params.prompt_logprobs is None or sequence.generated:
+            sequence.digests = chain(sequence.ids)  # some of it may still be there by then
         bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
         self.preemptions += 1
 
@@ -159,7 +169,8 @@ class Scheduler:
         if not coming or not self.blocks.reuse:
             return False
         known = self.blocks.match(sequence.digests, sequence.ids)
-        return known < len(sequence.digests) and sequence.digests[known] in coming
+        usable = (len(sequence.ids) - 1) // BLOCK_SIZE  # its last token is computed anyway
+        return known < min(usable, len(sequence.digests)) and sequence.digests[known] in coming
 
     def _admit(self, sequence: Sequence, spare: int) -> bool:
         """Give a sequence its blocks, known ones where there are any, and let it run; False if too few are free."""

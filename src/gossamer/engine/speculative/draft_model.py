@@ -7,6 +7,7 @@ their distributions lead there. Its KV cache is its own, with prefix reuse of it
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
@@ -54,14 +55,14 @@ class DraftModel:
         """`count` tokens for each sequence; none for one that has no room in the cache."""
         guesses: dict[Sequence, list[int]] = {s: [] for s in sequences}
         rows = [(s, q) for s, q in zip(sequences, samplers, strict=True) if self._make_room(s, len(s.ids) + count)]
-        for at in range(count if rows else 0):
-            self._catch_up([s for s, _ in rows], guesses)
-            tokens = self._next(rows, guesses, at)
-            rows = [row for row, token in zip(rows, tokens, strict=True) if token >= 0]
-            for (sequence, _), token in zip(rows, [t for t in tokens if t >= 0], strict=True):
-                guesses[sequence].append(token)
+        positions = self.backend.config.max_positions
+        for _ in range(count):
+            rows = [(s, q) for s, q in rows if len(s.ids) + len(guesses[s]) <= positions]
             if not rows:
                 break
+            self._catch_up([s for s, _ in rows], guesses)
+            for (sequence, _), token in zip(rows, self._next(rows, guesses), strict=True):
+                guesses[sequence].append(token)
         return [guesses[s] for s in sequences]
 
     def behind(self, sequences: Many[Sequence]) -> float:
@@ -81,7 +82,7 @@ class DraftModel:
             table = self._blocks.adopt(chain(sequence.ids), sequence.ids)
             place = self._places[sequence] = _Place(table, sequence.ids[: len(table.digests) * BLOCK_SIZE])
         else:
-            same = len(place.ids)
+            same = min(len(place.ids), len(sequence.ids) - 1)  # after the last token it guesses, so that is fed
             while place.ids[:same] != sequence.ids[:same]:  # a few steps back at most: guesses end the list
                 same -= 1
             del place.ids[same:]
@@ -113,13 +114,15 @@ class DraftModel:
             for place, tokens in pieces:
                 place.ids += tokens
 
-    def _next(self, rows: list[tuple[Sequence, Sampler]], guesses: dict[Sequence, list[int]], at: int) -> list[int]:
-        """Read the last token of every row, and draw the one after it; -1 where that cannot be done."""
+    def _next(self, rows: list[tuple[Sequence, Sampler]], guesses: dict[Sequence, list[int]]) -> list[int]:
+        """Read the last token of every row, and draw the one after it."""
         pieces = [(self._places[s], [guesses[s][-1] if guesses[s] else s.ids[-1]]) for s, _ in rows]
         batch = self._batch(pieces, results=True)
+        tokens: list[int] | None = None
         if all(s.wants_likeliest for s, _ in rows):
-            tokens: list[int] = self.backend.argmax(batch).tolist()
-        else:
+            with contextlib.suppress(EngineError):  # logits that are not finite: any guess will do
+                tokens = self.backend.argmax(batch).tolist()
+        if tokens is None:
             tokens = self._drawn(self.backend.forward(batch), rows, guesses)
         for place, fed in pieces:
             place.ids += fed
