@@ -7,6 +7,7 @@ Every variable that Gossamer reads is named here:
     GOSSAMER_ISA        portable, avx2 or avx512: forces the kernels' instruction set
     GOSSAMER_KERNELS    reference: plain torch instead of C++, kernels and backend (the oracle, slow)
     GOSSAMER_DEBUG      1: show tracebacks
+    GOSSAMER_API_KEY    the key that `gossamer serve` asks for, if --api-key does not say it
     HF_HUB_OFFLINE      1: never ask the model hub
     NO_COLOR            any value: no colours (honoured by rich)
 """

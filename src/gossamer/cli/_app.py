@@ -21,6 +21,7 @@ from ..errors import GossamerError, ModelNotFound, UnknownName, UsageError
 from ..settings import debugging
 from ._console import print_error
 from .bench import bench
+from .bench_serve import bench_serve
 from .chat import chat
 from .compress import compress
 from .convert import convert
@@ -29,12 +30,15 @@ from .eval import eval_
 from .plan import plan
 from .report import report
 from .run import run
+from .serve import serve
 
 
 class _Commands(TyperGroup):
     """The commands, with our own words for one that does not exist."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[:2] == ["bench", "serve"]:  # a command of two words; `bench` itself takes models, not commands
+            args = ["bench serve", *args[2:]]
         known = not args or args[0] in self.commands or args[0].startswith("-")
         if not known and not ctx.resilient_parsing:  # which is how the shell's completion parses: nothing may be said
             raise UnknownName("command", args[0], self.commands)
@@ -73,11 +77,13 @@ def _root(
 
 app.command()(run)
 app.command()(chat)
+app.command()(serve)
 app.command()(compress)
 app.command()(plan)
 app.command()(convert)
 app.command("eval")(eval_)
 app.command()(bench)
+app.command("bench serve")(bench_serve)
 app.command()(report)
 app.command()(doctor)
 

@@ -1,0 +1,139 @@
+"""`gossamer serve`: models behind an OpenAI-compatible HTTP API."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..errors import UsageError
+from . import _options as o
+from ._imports import importing
+
+if TYPE_CHECKING:
+    from ..serve.server import ModelSpec
+
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+
+Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, .gguf files, hub ids or smollm2.")]
+KVCache = Annotated[
+    Literal["auto", "bf16", "int8", "fp32"],
+    typer.Option("--kv-cache", help="What keys and values are stored as; auto: the backend's choice."),
+]
+
+
+def serve(
+    models: Models,
+    host: Annotated[str, typer.Option("--host", help="Address to serve on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", help="0 takes a free one.", min=0, max=65535)] = 8000,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="A model's name in requests; repeat it, one for each MODEL.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option("--api-key", envvar="GOSSAMER_API_KEY", help="Answer only who has this key.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve other machines without a key.", show_default=False)
+    ] = False,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option("--kv-memory", help="KV cache of each model: 2GB; else from free memory.", metavar="SIZE"),
+    ] = None,
+    kv_cache: KVCache = "auto",
+    max_sequences: Annotated[int, typer.Option("--max-sequences", help="Most completions that run together.")] = 64,
+    max_batch_tokens: Annotated[
+        int, typer.Option("--max-batch-tokens", help="Most tokens of a step; fewer let answers flow evenly.")
+    ] = 512,
+    max_queue: Annotated[
+        int, typer.Option("--max-queue", help="Completions that may wait; more are refused (429).", min=0)
+    ] = 128,
+    draft: Annotated[
+        str | None, typer.Option("--draft", help="Guess tokens ahead: ngram, self, or a smaller MODEL.", metavar="HOW")
+    ] = None,
+    weights: o.Weights = "stored",
+    backend: o.Backend = "auto",
+    activations: o.Activations = "auto",
+    request_seconds: Annotated[
+        float, typer.Option("--request-seconds", help="Most time for one request.", min=0.1)
+    ] = 600.0,
+    drain_seconds: Annotated[
+        float, typer.Option("--drain-seconds", help="At the end, time for requests to finish.", min=0.0)
+    ] = 30.0,
+    quiet: o.Quiet = False,
+) -> None:
+    """Serve models over HTTP: OpenAI's API, and a page to try them on. Ctrl-C or SIGTERM ends it.
+
+    \b
+    gossamer serve smollm2
+    gossamer serve small/ smollm2 --port 8080 --draft ngram
+    """
+    engine = {
+        "options": {
+            "kv_memory": None if kv_memory is None else bytes_in(kv_memory),
+            "max_batch_tokens": max_batch_tokens,
+            "max_sequences": max_sequences,
+        },
+        "choice": {"backend": backend, "weights": weights, "activations": activations, "kv_cache": kv_cache},
+        "draft": draft,
+        "models": len(models),
+    }
+    names = model_names(models, name or [])
+    with importing():
+        from ..serve import server
+        from ..serve.service import Limits
+    options = server.ServerOptions(
+        host=host,
+        port=port,
+        api_key=api_key,
+        insecure=insecure,
+        drain_seconds=drain_seconds,
+        limits=Limits(max_queue=max_queue, request_seconds=request_seconds),
+    )
+    server.bind(options).close()  # what is wrong with the address is said before anything is loaded
+    specs = [_spec(model, known_as, engine, verbose=not quiet) for model, known_as in zip(models, names, strict=True)]
+    server.serve(specs, options, lambda url: _announce(url, names))
+
+
+def bytes_in(size: str) -> int:
+    """A number of bytes out of 2GB, 512MiB or 1000000. Raises UsageError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([A-Za-z]*)", size.strip())
+    if found is None or found[2].upper() not in UNITS or float(found[1]) * UNITS[found[2].upper()] < 1:
+        raise UsageError(f"--kv-memory {size!r} is not a size", hint="such as 2GB or 512MiB")
+    return int(float(found[1]) * UNITS[found[2].upper()])
+
+
+def model_names(models: list[str], names: list[str]) -> list[str]:
+    """What models are called in requests: as asked, or the name of the folder or file. Raises UsageError."""
+    if names and len(names) != len(models):
+        raise UsageError(f"{len(names)} names for {len(models)} models", hint="give --name once for each MODEL")
+    names = names or [_name(model) for model in models]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two models are called {twice!r}", hint="give --name once for each MODEL")
+    return names
+
+
+def _name(model: str) -> str:
+    path = Path(model)
+    if not path.exists():
+        return model
+    return path.stem if path.suffix == ".gguf" else path.resolve().name
+
+
+def _spec(model: str, name: str, engine: dict[str, Any], verbose: bool) -> ModelSpec:
+    """How to serve a model. Raises CheckpointError if there is none."""
+    from ..checkpoint import open_checkpoint
+    from ..serve.messages import WorkerSpec
+    from ..serve.server import ModelSpec
+
+    checkpoint = open_checkpoint(model)
+    worker = WorkerSpec("gossamer.serve.worker:load", {"model": model, **engine}, verbose)
+    return ModelSpec(name, checkpoint.tokenizer, worker)
+
+
+def _announce(url: str, names: list[str]) -> None:
+    sys.stdout.write(f"serving {', '.join(names)} on {url}\n")
+    sys.stdout.flush()
