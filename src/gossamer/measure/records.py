@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 Record: TypeAlias = dict[str, Any]
-Kind: TypeAlias = Literal["eval", "bench", "compress"]
+Kind: TypeAlias = Literal["eval", "bench", "compress", "load"]
 
 _ISA = {
     "avx2": "avx2",
