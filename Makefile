@@ -4,7 +4,7 @@
 #   PYTHON=...        the interpreter that makes .venv (default: python3.11, else python3)
 #   TORCH_INDEX=...   one more package index for torch (that of the CPU builds is a smaller download)
 #   WORKERS=...       test processes (default: 2)
-#   SECONDS=...       how long each fuzzer runs (default: 60)
+#   SECONDS=...       how long each fuzzer runs (default: 60), or the soak (default: 3600)
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 TORCH_INDEX ?=
@@ -25,12 +25,12 @@ SANITIZED_ENV = GOSSAMER_CPU_MODULE=$$(echo "$(CURDIR)/$(SANITIZED)"/_cpu.*.so) 
   ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz sanitize bench-cpu lint build clean distclean
+.PHONY: help demo test fuzz soak sanitize bench-cpu bench-serve lint build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*##/\t/' | while IFS="$$(printf '\t')" read -r name what; do \
-	  printf '  make %-10s %s\n' "$$name" "$$what"; done
+	  printf '  make %-11s %s\n' "$$name" "$$what"; done
 
 demo: $(STAMP)  ## compress, compare and run a small model on this machine
 	$(BIN)/python benchmarks/demo.py
@@ -44,6 +44,10 @@ fuzz: $(STAMP)  ## the readers of both file formats on mutated files; what fails
 	$(BIN)/python tests/fuzz/fuzz_safetensors.py $(SECONDS)
 	$(BIN)/python tests/fuzz/fuzz_gguf.py $(SECONDS)
 
+soak: SECONDS = 3600
+soak: $(STAMP)  ## engine and server under mixed load with aborts; memory, files and KV blocks stay flat
+	$(BIN)/python tests/soak/soak.py $(SECONDS)
+
 sanitize: $(STAMP)  ## kernel and engine tests with checks of every address and of undefined behaviour in C++
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DGOSSAMER_SANITIZE=ON \
 	  -DPython_EXECUTABLE="$(abspath $(BIN)/python)"
@@ -53,6 +57,9 @@ sanitize: $(STAMP)  ## kernel and engine tests with checks of every address and 
 
 bench-cpu: $(STAMP)  ## our CPU engine beside llama.cpp, OpenVINO, vLLM and transformers; makes them first, an hour
 	$(BIN)/python benchmarks/bench_cpu.py
+
+bench-serve: $(STAMP)  ## our server beside llama-server and vLLM's under the same load; makes them first, an hour
+	$(BIN)/python benchmarks/bench_serve.py
 
 lint: $(STAMP)  ## style, format and types
 	$(BIN)/ruff check .

@@ -325,11 +325,14 @@ class Engine:
         told: list[Token] = []
         for i, token in enumerate(chosen):
             if token < 0:
-                return told, self._reasons.get(sequence, NOT_FINITE)
+                return told, None if told else self._reasons.get(sequence, NOT_FINITE)  # the next step meets it again
             logprobs = None
             if sequence.params.logprobs is not None and logits is not None:
                 logprobs = token_logprobs(logits[i].log_softmax(-1), token, sequence.params.logprobs)
-            self._samplers[sequence].accept(token)
+            try:
+                self._samplers[sequence].accept(token)
+            except EngineError as problem:
+                return told, problem.message
             told.append(sequence.push(token, logprobs))
             if sequence.finish_reason is not None or i >= len(drafts) or drafts[i] != token:
                 break

@@ -159,7 +159,8 @@ class LLM:
         whole = cache_bytes(size, 1, self.config.max_positions)  # one sequence at full length always fits, memory given
         memory = min(max(POOL_BYTES, whole), cache_bytes(size, self.max_batch, self.config.max_positions))
         memory = max(min(memory, available_memory() // 2), cache_bytes(size, 1, 1))
-        return Engine(self.backend, self.tokenizer, EngineOptions(memory, max_sequences=self.max_batch))
+        tokens = max(EngineOptions.max_batch_tokens, self.max_batch)
+        return Engine(self.backend, self.tokenizer, EngineOptions(memory, tokens, self.max_batch))
 
     @property
     def start_token(self) -> int:

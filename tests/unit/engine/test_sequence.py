@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gossamer.engine.params import SamplingParams
-from gossamer.engine.sequence import Sequence, StopText
+from gossamer.engine.sequence import Sequence, StopText, TokenLogprobs
 
 
 class Letters:
@@ -75,6 +76,72 @@ def test_no_stop_before_min_tokens():
 
 def test_the_earliest_of_several_stops_wins():
     assert run("xxcb", stop=("b", "cb"))[0].text == "xx"
+
+
+class TestStopReason:
+    def test_is_the_stop_text_that_was_found(self):
+        assert run("one two", stop=("tw", "ne"))[0].stop_reason == "ne"
+        assert run("xxcb", stop=("b", "cb"))[0].stop_reason == "cb"
+        assert run("xa~", limit=3, stop=("a~",))[0].stop_reason == "a~"
+
+    def test_is_the_requests_own_stop_token(self):
+        sequence, shown = run("abcd", stop_token_ids=(ord("c"),))
+        assert (sequence.text, sequence.finish_reason, sequence.stop_reason) == ("ab", "stop", ord("c"))
+        assert shown == ["a", "b", ""]
+
+    def test_is_not_told_of_the_models_end_token_or_of_the_limit(self):
+        assert run("ab$", eos="$", stop=("x",))[0].stop_reason is None
+        assert run("abc", limit=2, stop=("x",))[0].stop_reason is None
+
+    def test_is_the_token_where_it_is_an_end_token_as_well(self):
+        assert run("ab$", eos="$", stop_token_ids=(ord("$"),))[0].stop_reason == ord("$")
+
+
+def test_a_stop_token_counts_even_where_end_tokens_are_ignored():
+    sequence, _ = run("a$b!", eos="$", ignore_eos=True, stop_token_ids=(ord("!"),))
+    assert (sequence.text, sequence.finish_reason) == ("a$b", "stop")
+    assert run("a!b!", stop_token_ids=(ord("!"),), min_tokens=2)[0].text == "a!b"
+
+
+def test_a_stop_at_the_last_token_is_a_stop():
+    assert run("ab", limit=2, stop=("b",))[0].finish_reason == "stop"
+    assert run("a$", limit=2, eos="$")[0].finish_reason == "stop"
+
+
+def test_a_stop_text_that_began_before_min_tokens_does_not_count():
+    assert run("abcabd", stop=("bc",), min_tokens=2, limit=6)[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("fields", "eos", "wanted"),
+    [({}, "$", True), ({"min_tokens": 3}, "$", False), ({"min_tokens": 3}, "", True),
+     ({"min_tokens": 3, "ignore_eos": True}, "$", True), ({"min_tokens": 3, "stop_token_ids": (5,)}, "", False),
+     ({"temperature": 1.0}, "$", False), ({"logprobs": 0}, "", False)],
+)  # fmt: skip
+def test_the_likeliest_token_will_do_where_nothing_is_changed_or_forbidden(fields, eos, wanted):
+    sequence = Sequence([1], SamplingParams(**fields), 10, {ord(c) for c in eos}, Letters())
+    assert sequence.wants_likeliest is wanted
+    for _ in range(3):
+        sequence.push(ord("a"))
+    assert sequence.wants_likeliest is sequence.params.plain
+
+
+def test_it_counts_what_is_there_and_what_is_missing():
+    sequence = Sequence([1, 2, 3], SamplingParams(), 10, (), Letters(), request_id="r", choice=2, seed=9)
+    assert (sequence.missing, sequence.generated, sequence.tokens) == (3, 0, [])
+    sequence.computed = 3
+    sequence.push(ord("a"))
+    assert (sequence.missing, sequence.generated, sequence.tokens) == (1, 1, [ord("a")])
+    assert (sequence.prompt, sequence.prompt_tokens) == ([1, 2, 3], 3)
+    assert (sequence.request_id, sequence.choice, sequence.seed) == ("r", 2, 9)
+
+
+def test_a_token_carries_its_logprobs_and_the_reason_for_the_end():
+    sequence = Sequence([1], SamplingParams(logprobs=1), 2, (), Letters())
+    logprobs = TokenLogprobs(-0.5, ((97, -0.5),))
+    first, last = sequence.push(ord("a"), logprobs), sequence.push(ord("b"), logprobs)
+    assert (first.id, first.text, first.logprobs, first.finish_reason) == (ord("a"), "a", logprobs, None)
+    assert (last.text, last.finish_reason) == ("b", "length")
 
 
 @given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3))

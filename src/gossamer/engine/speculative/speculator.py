@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Protocol
 
+from ...errors import EngineError
 from ..sampler import Sampler
 from ..scheduler import Piece
 from ..sequence import Output, Sequence
@@ -175,7 +176,12 @@ class Speculator:
 
     def _allowed(self, sampler: Sampler, guess: list[int]) -> list[int]:
         """As much of a guess as the request's grammar allows."""
-        return guess if sampler.matcher is None else guess[: sampler.matcher.allowed(guess)]
+        if sampler.matcher is None:
+            return guess
+        try:
+            return guess[: sampler.matcher.allowed(guess)]
+        except EngineError:  # the step itself will meet it, and tell the request
+            return []
 
     def _count(self, decoding: Many[Sequence]) -> int:
         """Drafts for each sequence in the coming step."""
