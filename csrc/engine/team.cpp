@@ -23,6 +23,9 @@ constexpr auto spin_between_steps = microseconds(200);
 // A step was held up if a thread waited for so long, and for so large a part of it.
 constexpr auto hold_up = microseconds(700);
 constexpr int hold_up_part = 5;
+// A long step hands out its work in pieces: who has only half a core does fewer of them, and that is still a gain.
+constexpr auto long_step = microseconds(8'000);
+constexpr int long_hold_up_part = 2;
 constexpr auto shortest_penalty = microseconds(20'000), longest_penalty = microseconds(1'000'000);
 
 inline void pause_core() {
@@ -151,7 +154,8 @@ void Team::report(const Rank& rank) {
 
 void Team::judge(int threads, std::chrono::nanoseconds took) {
   const std::chrono::nanoseconds waited(waited_.exchange(0, std::memory_order_relaxed));
-  if (waited > hold_up && hold_up_part * waited > took) {
+  const int part = took > long_step ? long_hold_up_part : hold_up_part;
+  if (waited > hold_up && part * waited > took) {
     if (++strikes_ < 2) return;  // once may be chance
     alone_until_ = Clock::now() + penalty_;
     penalty_ = std::min(2 * penalty_, longest_penalty);
