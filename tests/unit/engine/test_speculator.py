@@ -22,7 +22,7 @@ from gossamer.engine.speculative import Speculator
 from gossamer.engine.speculative import speculator as controller
 from gossamer.engine.speculative.draft_model import DraftModel
 from gossamer.engine.speculative.ngram import LONGEST, SHORTEST, NgramDrafter
-from gossamer.engine.speculative.speculator import Costs, Rate
+from gossamer.engine.speculative.speculator import PRIOR_HITS, PRIOR_TRIALS, Costs, Rate
 
 
 class NoText:
@@ -92,7 +92,7 @@ class TestNgram:
 class TestRate:
     def test_it_goes_to_what_is_seen_and_later_trials_count_more(self):
         rate = Rate()
-        assert rate.chance == pytest.approx(0.7)
+        assert rate.chance == pytest.approx(PRIOR_HITS / PRIOR_TRIALS)
         for _ in range(100):
             rate.note(1, 4)
         assert rate.chance == pytest.approx(0.25, abs=0.01)

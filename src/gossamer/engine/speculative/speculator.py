@@ -18,18 +18,18 @@ from ..sampler import Sampler
 from ..scheduler import Piece
 from ..sequence import Output, Sequence
 
-MARGIN = 1.03
+MARGIN = 1.08
 """Speculation must promise so much more than none, or it is off."""
-MEMORY = 0.9
+MEMORY = 0.95
 """What is kept of earlier evidence at each step."""
-PRIOR_HITS, PRIOR_TRIALS = 1.4, 2.0
+PRIOR_HITS, PRIOR_TRIALS = 1.2, 2.0
 """What is believed of a drafter before it was tried: drafts that are worth a trial."""
 PLAIN_EVERY = 24
 """While drafts are made, one step in so many goes without: what is gained is measured, not remembered."""
-FIRST_PAUSE, LONGEST_PAUSE = 16, 512
+FIRST_PAUSE, LONGEST_PAUSE = 48, 1024
 """While they are off, they are tried again after so many steps; each time in vain doubles it."""
 
-GUESSED_SLOPE = 0.1
+GUESSED_SLOPE = 0.15
 """What a step of twice as many tokens is believed to take more, before it was tried."""
 HORIZON = 128
 """Tokens of each sequence over which reading what the drafter has not read yet must pay."""
@@ -193,7 +193,7 @@ class Speculator:
         best = self._best(decoding)
         self._switch(best > 0)
         if best > 0:
-            self._pause = FIRST_PAUSE
+            self._pause = max(FIRST_PAUSE, self._pause - 1)  # what pays once may be chance
             self._since_plain += 1
             if self._since_plain >= PLAIN_EVERY:
                 self._since_plain = 0
