@@ -96,7 +96,7 @@ class TestRate:
         for _ in range(100):
             rate.note(1, 4)
         assert rate.chance == pytest.approx(0.25, abs=0.01)
-        for _ in range(30):
+        for _ in range(100):
             rate.note(4, 4)
         assert rate.chance > 0.9
 
