@@ -80,7 +80,9 @@ def test_ctrl_c_ends_a_load_with_what_was_measured(fake: FakeServer) -> None:
     fake.delay = 0.01
     words = ["bench", "serve", fake.url, "--requests", "5000", "--input-tokens", "5", "--output-tokens", "3", "--json"]
     command = [sys.executable, "-m", "gossamer", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # Shells start background jobs with SIGINT ignored, and children inherit that.
+    with subprocess.Popen(command, **pipes, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)) as process:
         while len(fake.asked) < 20 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
