@@ -89,7 +89,8 @@ class _Body:
         if length.isdecimal() and len(length) < 20:
             self._count(int(length), 0)
         try:
-            data = await asyncio.wait_for(self._read(), self._bodies.seconds)
+            async with asyncio.timeout(self._bodies.seconds):
+                data = await self._read()
         except TimeoutError:
             raise ApiError(
                 408, f"the body did not come within {self._bodies.seconds:g} s", headers={"Connection": "close"}

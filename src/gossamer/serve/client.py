@@ -284,7 +284,8 @@ class _Process:
             assert self._streams is not None
             reader = self._streams[0]
             length = size(await self._heard(reader, patience))
-            return parsed(await asyncio.wait_for(reader.readexactly(length), patience))
+            async with asyncio.timeout(patience):
+                return parsed(await reader.readexactly(length))
         except TimeoutError:
             raise WorkerLost(f"the engine's process has given no sign of life for {patience:g} s") from None
         except (asyncio.IncompleteReadError, OSError):

@@ -102,7 +102,8 @@ class EventStream(Response):
                 last = _event(ApiError(504, f"not answered within {self._seconds:g} s").body())
             self._close()  # now, and not when a slow client has taken the last bytes
             left = began + self._seconds - time.monotonic()
-            await asyncio.wait_for(put(last, more=False), max(left, SECONDS_FOR_LAST_BYTES))
+            async with asyncio.timeout(max(left, SECONDS_FOR_LAST_BYTES)):
+                await put(last, more=False)
         except (ClientGone, TimeoutError):
             pass
         finally:

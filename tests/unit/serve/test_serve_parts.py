@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gossamer.engine.params import SamplingParams
 from gossamer.engine.sequence import EngineStats, Output, Token
+from gossamer.serve import client as client_module
 from gossamer.serve.admission import Queue
 from gossamer.serve.answers import Clock
+from gossamer.serve.client import EngineClient
+from gossamer.serve.messages import Beat, WorkerSpec, frame
 from gossamer.serve.metrics import Metrics
 from gossamer.serve.protocol import ApiError, ChatRequest, CompletionRequest, read_as
 from gossamer.serve.sampling import chat_params, completion_params
@@ -111,3 +115,28 @@ def test_log_probabilities_of_prompts_are_asked_for_where_they_are_shown(
 ) -> None:
     params = completion_params(read_as(CompletionRequest, {"model": "m", "prompt": "x", **fields}), 1)
     assert (params.logprobs, params.prompt_logprobs) == (logprobs, prompt)
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_supervisor_can_be_cancelled_in_the_moment_in_which_a_message_comes(turns: int) -> None:
+    async def cancelled_after(turns: int) -> bool:
+        client = EngineClient(WorkerSpec("fake_engine:make_engine", {}), "fake")
+        client._process = process = client_module._Process(client.spec)
+        try:
+            reader = asyncio.StreamReader()
+            process._streams = (reader, None)
+            supervising = asyncio.ensure_future(client.supervise())
+            data = frame(Beat(0.0))
+            reader.feed_data(data[:-1])
+            await asyncio.sleep(0.05)
+            reader.feed_data(data[-1:])
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            supervising.cancel()
+            done, _ = await asyncio.wait([supervising], timeout=5)
+            return bool(done) and supervising.cancelled()
+        finally:
+            process._streams = None
+            process.kill()
+
+    assert asyncio.run(cancelled_after(turns))
