@@ -278,6 +278,56 @@ class TestController:
         assert speculator.acceptance_rate == speculator.accepted / speculator.drafted
 
 
+@dataclass
+class Prompts(World):
+    """A world in which answers follow each other, with drafts that take time and read the prompt first."""
+
+    draft: float = 0.0
+    """Seconds of a draft, where a step without drafts takes one."""
+    late: int = 0
+    """Tokens that the drafter has not read."""
+    clock: float = 0.0
+
+    def propose(self, sequences, samplers, count):
+        self.clock += self.behind(sequences) + self.draft * count
+        self.late = 0
+        return super().propose(sequences, samplers, count)
+
+    def behind(self, sequences):
+        return 0.002 * self.late
+
+    def answer(self, chance: float, tokens: int = 160) -> float:
+        """Tokens a second of an answer whose drafts have this chance."""
+        self.chance, self.late = chance, 60
+        self.speculator.forget(self.sequences[0])
+        self.sequences = [decoding([1])]
+        before, began = self.tokens, self.seconds + self.clock
+        while self.tokens < before + tokens:
+            known = self.tokens
+            self.run(1)
+            self.late += self.tokens - known
+        return (self.tokens - before) / (self.seconds + self.clock - began)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("draft", "slope", "chances", "least"),
+    [
+        (0.5, 0.08, [0.7, 0.8, 0.85, 0.75, 0.65, 0.9], 1.0),  # as 8 bits with a draft of 4
+        (0.52, 0.08, [0.6, 0.7, 0.8, 0.7, 0.6, 0.8], 0.98),  # where nothing is to be gained
+        (0.28, 0.06, [0.7, 0.8, 0.85, 0.75, 0.65, 0.9], 1.3),  # as bfloat16 with a draft of 4 bits
+        (0.0, 0.08, [0.2, 0.1, 0.6, 0.3, 0.5, 0.4], 1.15),  # as prompt look-up
+    ],
+)
+def test_no_prompt_loses_what_others_gain(monkeypatch, seed, draft, slope, chances, least):
+    noise = np.random.default_rng(seed)
+    world = Prompts(0.5, lambda fed: (1 + slope * (fed - 1)) * (1 + 0.08 * noise.standard_normal()), draft=draft)
+    monkeypatch.setattr(controller.time, "perf_counter", lambda: world.clock)
+    rounds = np.array([[world.answer(chance) for chance in chances] for _ in range(8)])[1:]
+    assert np.median(rounds, axis=0).min() > 0.96
+    assert np.median(rounds) > least
+
+
 class TestDrafts:
     def propose(self, sequence: Sequence, matcher: object = None) -> list[int]:
         world = World(1.0, lambda tokens: 1.0)

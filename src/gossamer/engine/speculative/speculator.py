@@ -2,7 +2,8 @@
 
 With a chance `a` that a draft is right, k of them give (1 - a^(k+1)) / (1 - a) tokens a step (Leviathan et al., arXiv
 2211.17192, equation 1). A step of more tokens takes longer, and so do drafts: the number that gives the most tokens a
-second is taken, and none where no number pays. Now and then the other way is tried, rarely where it would cost.
+second is taken, and none where no number pays. That is a promise; what drafts did pay is measured beside it, and they
+are off as well where they paid less than they took. Now and then the other way is tried, rarely where it would cost.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ..sampler import Sampler
 from ..scheduler import Piece
 from ..sequence import Output, Sequence
 
-MARGIN = 1.08
+MARGIN = 1.1
 """Speculation must promise so much more than none, or it is off."""
 MEMORY = 0.95
 """What is kept of earlier evidence at each step."""
@@ -26,8 +27,12 @@ PRIOR_HITS, PRIOR_TRIALS = 1.2, 2.0
 """What is believed of a drafter before it was tried: drafts that are worth a trial."""
 PLAIN_EVERY = 24
 """While drafts are made, one step in so many goes without: what is gained is measured, not remembered."""
-FIRST_PAUSE, LONGEST_PAUSE = 48, 1024
-"""While they are off, they are tried again after so many steps; each time in vain doubles it."""
+TRIAL_STEPS, TRIAL_DRAFTS = 3, 2
+"""While they are off, they are tried for so many steps; the first of them catches up and says little."""
+SHORTEST_PAUSE = 48
+"""Steps between two trials, at least."""
+TRIAL_SHARE = 0.01
+"""Of the time: what trials may take, so that a trial that takes long comes rarely."""
 
 GUESSED_SLOPE = 0.15
 """What a step of twice as many tokens is believed to take more, before it was tried."""
@@ -35,8 +40,10 @@ HORIZON = 128
 """Tokens of each sequence over which reading what the drafter has not read yet must pay."""
 QUIET_SECONDS = 10.0
 """Between two remarks on whether drafts are made."""
-TRIAL_STEPS = 3
-"""Steps of a trial; the first of them catches up and says little."""
+MOST_SAVED = 4
+"""Steps: what was gained before pays for no more of what is lost now."""
+DOUBT = 4
+"""Steps that neither gained nor lost, which are counted with those that were measured: what paid once may be chance."""
 
 logger = logging.getLogger("gossamer.engine")
 
@@ -94,6 +101,27 @@ class Costs:
         return (1 - share) * self._seconds[below] + share * self._seconds[above]
 
 
+class Gain:
+    """Seconds that steps without drafts would have taken for the same tokens, over those that steps with them took."""
+
+    def __init__(self) -> None:
+        self._saved = self._steps = 0.0
+        """Both of lately: seconds gained (or lost), in steps without drafts; steps."""
+
+    def note(self, tokens: float, cost: float) -> None:
+        """A step gave so many tokens to each sequence, at the cost of so many steps without drafts."""
+        self._saved = min(MOST_SAVED, MEMORY * self._saved + tokens - cost)
+        self._steps = MEMORY * self._steps + cost
+
+    def doubt(self) -> None:
+        """What is known of the past says little of what comes."""
+        self._saved, self._steps = self._saved / 4, self._steps / 4
+
+    @property
+    def ratio(self) -> float:
+        return 1 + self._saved / (self._steps + DOUBT)
+
+
 def _bucket(tokens: int) -> int:
     """Counts that are taken for the same: exact up to 16, then in steps of an eighth."""
     size = 1
@@ -120,8 +148,12 @@ class Speculator:
         self._overall = Rate()
         self._plain_left = 2  # steps without drafts, to begin with and now and then
         self._since_plain = 0
-        self._pause = FIRST_PAUSE
+        self._gain = Gain()
+        self._drafting = 0.0
+        """Seconds that the drafts of the coming step took."""
         self._paused = 0
+        self._paused_seconds = 0.0
+        """Steps, and seconds of steps, since drafts were tried."""
         self._trial_left = 0
         self._told = -QUIET_SECONDS
         self._drafted_before = False
@@ -130,18 +162,19 @@ class Speculator:
         """Give drafts to the sequences that decode."""
         decoding = [s for s in running if s.missing == 1]
         count = self._count(decoding)
+        self._drafting = 0.0
         if not decoding or count == 0:
             self._drafted_before = False
             return
         began = time.perf_counter()
         guesses = self.drafter.propose(decoding, [samplers[s] for s in decoding], count)
-        seconds = time.perf_counter() - began
+        self._drafting = time.perf_counter() - began
         for sequence, guess in zip(decoding, guesses, strict=True):
             room = sequence.limit - sequence.generated - 1  # the last token needs no draft
             sequence.drafts = self._allowed(samplers[sequence], guess[: max(0, room)])
         made = sum(len(s.drafts) for s in decoding)
         if made and self._drafted_before:  # else it had to catch up, which `behind` accounts for
-            self._draft_seconds.note(made, seconds)
+            self._draft_seconds.note(made, self._drafting)
         self._drafted_before = True
 
     def observe(
@@ -163,7 +196,16 @@ class Speculator:
                 if output.finish_reason is None:  # else it was forgotten already
                     self._rates.setdefault(sequence, Rate(self._overall.hits, self._overall.trials)).note(right, trials)
         if all(piece.count == 1 for piece in pieces):
-            self._costs.note(fed, seconds)
+            self._measure(len(pieces), fed, sum(len(o.tokens) for o in outputs), seconds)
+
+    def _measure(self, size: int, fed: int, tokens: int, seconds: float) -> None:
+        """Take in a step of `size` sequences that did nothing but decode: tokens that it read and gave."""
+        self._costs.note(fed, seconds)
+        plain = self._costs.of(size)
+        if fed == size:
+            self._paused_seconds += seconds
+        elif plain:
+            self._gain.note(tokens / size, (seconds + self._drafting) / plain)
 
     def forget(self, sequence: Sequence) -> None:
         self._rates.pop(sequence, None)
@@ -190,27 +232,41 @@ class Speculator:
         if self._plain_left > 0:
             self._plain_left -= 1
             return 0
-        best = self._best(decoding)
+        best = self._best(decoding) if self._gain.ratio >= 1 else 0
         self._switch(best > 0)
         if best > 0:
-            self._pause = max(FIRST_PAUSE, self._pause - 1)  # what pays once may be chance
             self._since_plain += 1
             if self._since_plain >= PLAIN_EVERY:
                 self._since_plain = 0
                 return 0
             return best
-        return self._trial()
+        return self._trial(decoding)
 
-    def _trial(self) -> int:
+    def _trial(self, decoding: Many[Sequence]) -> int:
         """Drafts of a step while they do not pay: none, or a few now and then, to see whether that has changed."""
         if self._trial_left > 0:
             self._trial_left -= 1
-            return min(2, self.most)
+            return min(TRIAL_DRAFTS, self.most)
         self._paused += 1
-        if self._paused >= self._pause:
-            self._paused, self._pause = 0, min(2 * self._pause, LONGEST_PAUSE)
+        if self._paused >= SHORTEST_PAUSE and TRIAL_SHARE * self._paused_seconds >= self._trial_price(decoding):
+            self._paused, self._paused_seconds = 0, 0.0
             self._trial_left = TRIAL_STEPS
+            self._gain.doubt()
         return 0
+
+    def _trial_price(self, decoding: Many[Sequence]) -> float:
+        """Seconds that a trial is expected to lose."""
+        count = min(TRIAL_DRAFTS, self.most)
+        size, made = len(decoding), len(decoding) * count
+        plain = self._costs.of(size) or 0.0
+        drafted = (self._costs.of(size + made) or 0.0) + (self._draft_seconds.of(made) or 0.0)
+        lost = drafted - plain * self._expected(decoding, count) / size
+        return self.drafter.behind(decoding) + TRIAL_STEPS * max(0.0, lost)
+
+    def _expected(self, decoding: Many[Sequence], count: int) -> float:
+        """Tokens of a step with so many drafts for each sequence."""
+        chances = (self._rates.get(s, self._overall).chance for s in decoding)
+        return sum((1 - a ** (count + 1)) / (1 - a) for a in chances)
 
     def _best(self, decoding: Many[Sequence]) -> int:
         """The number of drafts that promises the most tokens a second; 0 if none beats going without by the margin."""
@@ -218,12 +274,10 @@ class Speculator:
         plain = self._costs.of(size)
         if plain is None:
             return 0
-        chances = [self._rates.get(s, self._overall).chance for s in decoding]
         best, most = 0, MARGIN * size / plain
         for count in range(1, self.most + 1):
-            tokens = sum((1 - a ** (count + 1)) / (1 - a) for a in chances)
             step = max(plain, self._costs.of(size * (1 + count)) or plain)
-            rate = tokens / (step + (self._draft_seconds.of(size * count) or 0.0))
+            rate = self._expected(decoding, count) / (step + (self._draft_seconds.of(size * count) or 0.0))
             if rate > most:
                 best, most = count, rate
         saved = HORIZON * size * (plain / size - 1 / most)  # seconds, over the next tokens of all
