@@ -47,6 +47,10 @@ def serve(
     max_batch_tokens: Annotated[
         int, typer.Option("--max-batch-tokens", help="Most tokens of a step; fewer let answers flow evenly.")
     ] = 512,
+    prefix_reuse: Annotated[
+        bool,
+        typer.Option("--prefix-reuse/--no-prefix-reuse", help="Keep keys and values for prompts that begin alike."),
+    ] = True,
     max_queue: Annotated[
         int, typer.Option("--max-queue", help="Completions that may wait; more are refused (429).", min=0)
     ] = 128,
@@ -75,6 +79,7 @@ def serve(
             "kv_memory": None if kv_memory is None else bytes_in(kv_memory),
             "max_batch_tokens": max_batch_tokens,
             "max_sequences": max_sequences,
+            "prefix_reuse": prefix_reuse,
         },
         "choice": {"backend": backend, "weights": weights, "activations": activations, "kv_cache": kv_cache},
         "draft": draft,

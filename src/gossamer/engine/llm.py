@@ -200,7 +200,8 @@ class LLM:
             while rest:
                 if not any(self._inbox[name] for name in rest):
                     for output in self.engine.step():
-                        self._inbox[output.request_id].append(output)
+                        if output.request_id in self._inbox:  # else it is of somebody who asked the engine itself
+                            self._inbox[output.request_id].append(output)
                 for name in [n for n in names if n in rest]:
                     outputs, self._inbox[name] = self._inbox[name], []
                     for output in outputs:

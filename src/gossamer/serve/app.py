@@ -40,6 +40,11 @@ from .transport import Guard, JSONAnswer, refused
 
 WEB = Path(__file__).with_name("web")
 REQUESTS: tuple[type[Strict], ...] = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+PAGE_HEADERS = {
+    "Cache-Control": "no-cache",  # a new version of the page counts at once
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "frame-ancestors 'none'",  # no other site may show it as its own, and catch the key
+}
 REFERENCE = "#/components/schemas/{model}"
 WHAT_GOES_WRONG = {
     400: "The request is wrong; `param` names the field.",
@@ -129,9 +134,18 @@ def _add_playground(app: FastAPI) -> None:
 
     @app.get("/", include_in_schema=False)
     async def index() -> Response:
-        return FileResponse(WEB / "index.html", headers={"Cache-Control": "no-cache"})
+        return FileResponse(WEB / "index.html", headers=PAGE_HEADERS)
 
-    app.mount("/web", StaticFiles(directory=WEB), name="web")
+    app.mount("/web", _Files(directory=WEB), name="web")
+
+
+class _Files(StaticFiles):
+    """What the page needs."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers.update(PAGE_HEADERS)
+        return response
 
 
 def _takes(request: type[Strict], response: type, streams: bool = False) -> dict[str, Any]:

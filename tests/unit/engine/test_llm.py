@@ -97,6 +97,13 @@ def test_two_streams_at_once_are_what_they_are_alone(tiny_model):
     assert found == alone
 
 
+def test_what_somebody_else_asks_of_its_engine_is_no_obstacle(tiny_model):
+    llm = LLM(tiny_model, backend="reference")
+    llm.engine.add("mine", [5, 6, 7], SamplingParams(max_tokens=4, ignore_eos=True))
+    assert llm.generate([[1, 2, 3]], SamplingParams(max_tokens=9, ignore_eos=True))[0].tokens
+    assert not llm.engine.holds("mine")
+
+
 def test_logits_stay_in_the_backend_where_only_the_likeliest_is_asked_for(llm, monkeypatch):
     asked = []
     forward = llm.backend.forward

@@ -171,3 +171,12 @@ def test_a_command_line_that_makes_no_sense(
 def test_a_model_that_is_not_there_is_told(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "smollm", "--port", "0"]) == 2
     assert "did you mean 'smollm2'?" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("path", ["/", "/web/index.html"])
+def test_no_other_site_can_show_the_page(path: str) -> None:
+    with Server() as server:
+        headers = server.http.get(path).headers
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["cache-control"] == "no-cache"
