@@ -42,8 +42,6 @@ QUIET_SECONDS = 10.0
 """Between two remarks on whether drafts are made."""
 MOST_SAVED = 4
 """Steps: what was gained before pays for no more of what is lost now."""
-DOUBT = 4
-"""Steps that neither gained nor lost, which are counted with those that were measured: what paid once may be chance."""
 
 logger = logging.getLogger("gossamer.engine")
 
@@ -102,24 +100,23 @@ class Costs:
 
 
 class Gain:
-    """Seconds that steps without drafts would have taken for the same tokens, over those that steps with them took."""
+    """What drafts were worth lately: the time that they saved, in steps without drafts; below 0 they took more."""
 
     def __init__(self) -> None:
-        self._saved = self._steps = 0.0
-        """Both of lately: seconds gained (or lost), in steps without drafts; steps."""
+        self.saved = 0.0
 
     def note(self, tokens: float, cost: float) -> None:
         """A step gave so many tokens to each sequence, at the cost of so many steps without drafts."""
-        self._saved = min(MOST_SAVED, MEMORY * self._saved + tokens - cost)
-        self._steps = MEMORY * self._steps + cost
+        self.saved = min(MOST_SAVED, MEMORY * self.saved + tokens - cost)
 
     def doubt(self) -> None:
         """What is known of the past says little of what comes."""
-        self._saved, self._steps = self._saved / 4, self._steps / 4
+        self.saved /= 4
 
-    @property
-    def ratio(self) -> float:
-        return 1 + self._saved / (self._steps + DOUBT)
+
+def _expected(chances: Many[float], count: int) -> float:
+    """Tokens of a step with so many drafts for each sequence, whose drafts have these chances."""
+    return sum((1 - a ** (count + 1)) / (1 - a) for a in chances)
 
 
 def _bucket(tokens: int) -> int:
@@ -232,7 +229,7 @@ class Speculator:
         if self._plain_left > 0:
             self._plain_left -= 1
             return 0
-        best = self._best(decoding) if self._gain.ratio >= 1 else 0
+        best = self._best(decoding) if self._gain.saved >= 0 else 0
         self._switch(best > 0)
         if best > 0:
             self._since_plain += 1
@@ -260,13 +257,12 @@ class Speculator:
         size, made = len(decoding), len(decoding) * count
         plain = self._costs.of(size) or 0.0
         drafted = (self._costs.of(size + made) or 0.0) + (self._draft_seconds.of(made) or 0.0)
-        lost = drafted - plain * self._expected(decoding, count) / size
+        lost = drafted - plain * _expected(self._chances(decoding), count) / size
         return self.drafter.behind(decoding) + TRIAL_STEPS * max(0.0, lost)
 
-    def _expected(self, decoding: Many[Sequence], count: int) -> float:
-        """Tokens of a step with so many drafts for each sequence."""
-        chances = (self._rates.get(s, self._overall).chance for s in decoding)
-        return sum((1 - a ** (count + 1)) / (1 - a) for a in chances)
+    def _chances(self, decoding: Many[Sequence]) -> list[float]:
+        """Of each sequence's drafts to be right."""
+        return [self._rates.get(s, self._overall).chance for s in decoding]
 
     def _best(self, decoding: Many[Sequence]) -> int:
         """The number of drafts that promises the most tokens a second; 0 if none beats going without by the margin."""
@@ -274,10 +270,11 @@ class Speculator:
         plain = self._costs.of(size)
         if plain is None:
             return 0
+        chances = self._chances(decoding)
         best, most = 0, MARGIN * size / plain
         for count in range(1, self.most + 1):
             step = max(plain, self._costs.of(size * (1 + count)) or plain)
-            rate = self._expected(decoding, count) / (step + (self._draft_seconds.of(size * count) or 0.0))
+            rate = _expected(chances, count) / (step + (self._draft_seconds.of(size * count) or 0.0))
             if rate > most:
                 best, most = count, rate
         saved = HORIZON * size * (plain / size - 1 / most)  # seconds, over the next tokens of all
