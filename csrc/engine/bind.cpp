@@ -59,8 +59,14 @@ Part part_of(const IntegerPart& p, int64_t columns) {
   require(int64_t(p.scale.shape(0)) == rows && columns % groups == 0, "scale does not fit the weight");
   require(!p.zero || (int64_t(p.zero->shape(0)) == rows && int64_t(p.zero->shape(1)) == groups),
           "zero does not fit scale");
-  return {rows, reinterpret_cast<const uint32_t*>(p.packed.data()), p.scale.data(), p.zero ? p.zero->data() : nullptr,
-          groups, p.bits, nullptr, nullptr};
+  Part part{};
+  part.rows = rows;
+  part.words = reinterpret_cast<const uint32_t*>(p.packed.data());
+  part.scale = p.scale.data();
+  part.zero = p.zero ? p.zero->data() : nullptr;
+  part.groups = groups;
+  part.bits = p.bits;
+  return part;
 }
 
 void require_parts(const std::vector<Part>& parts, int64_t columns, bool interleave) {
@@ -84,6 +90,79 @@ Weight packed_integer(std::shared_ptr<Arena> arena, const std::vector<IntegerPar
   }
   require(fits, "groups must be whole rows or multiples of 32 columns");
   return weight;
+}
+
+// What a codebook's or an 8-bit float weight's rows are multiplied by: a vector for each part, or none.
+using Factors = std::vector<OptionalFloats>;
+
+void set_factors(std::vector<Part>& parts, const Factors& factors) {
+  require(factors.size() == parts.size(), "one factor, or None, for each part");
+  for (size_t i = 0; i < parts.size(); ++i) {
+    require(!factors[i] || int64_t(factors[i]->shape(0)) == parts[i].rows, "a factor does not fit its part's rows");
+    parts[i].factor = factors[i] ? factors[i]->data() : nullptr;
+  }
+}
+
+Weight packed_codebook(std::shared_ptr<Arena> arena, const std::vector<IntegerPart>& given, const Factors& factors,
+                       Array<const float, 1> levels, int64_t columns, bool interleave, int threads) {
+  std::vector<Part> parts;
+  require(columns > 0, "a weight needs columns");
+  for (const IntegerPart& p : given) {
+    parts.push_back(part_of(p, columns));
+    require(p.bits == 4 && !p.zero, "codes of levels have 4 bits, and no zero points");
+  }
+  require_parts(parts, columns, interleave);
+  set_factors(parts, factors);
+  require(levels.shape(0) == 16, "levels must be 16");
+  for (int i = 0; i < 16; ++i)
+    require(levels.data()[i] - levels.data()[i] == 0.0f, "levels must be finite");
+  checked(threads);
+  auto weight = std::make_shared<PackedMatrix>();
+  weight->arena = std::move(arena);
+  bool fits;
+  {
+    nb::gil_scoped_release release;
+    fits = pack_codebook(parts, levels.data(), columns, interleave, threads, *weight);
+  }
+  require(fits, "groups must be whole rows, 16 columns or multiples of 32");
+  return weight;
+}
+
+Weight packed_e4m3(std::shared_ptr<Arena> arena, const std::vector<Array<const uint8_t, 2>>& given,
+                   const Factors& factors, bool interleave, int threads) {
+  require(!given.empty(), "a weight needs rows");
+  const int64_t columns = given[0].shape(1);
+  std::vector<Part> parts;
+  for (const auto& array : given) {
+    require(int64_t(array.shape(1)) == columns && array.shape(0) > 0, "parts must have rows, and equal columns");
+    for (int64_t i = 0; i < int64_t(array.size()); ++i)
+      require((array.data()[i] & 127) != 127, "a weight is not a number");
+    Part part{};
+    part.rows = array.shape(0);
+    part.e4m3 = array.data();
+    parts.push_back(part);
+  }
+  require_parts(parts, columns, interleave);
+  set_factors(parts, factors);
+  checked(threads);
+  auto weight = std::make_shared<PackedMatrix>();
+  weight->arena = std::move(arena);
+  nb::gil_scoped_release release;
+  pack_e4m3(parts, columns, interleave, threads, *weight);
+  return weight;
+}
+
+// Weights kept beside a packed one; rows count over its parts, one part after another.
+void keep(PackedMatrix& weight, Ints rows, Ints columns, Array<const float, 1> values) {
+  const Matrix& m = weight.matrix;
+  const size_t count = rows.shape(0);
+  require(columns.shape(0) == count && values.shape(0) == count, "rows, columns and values must be equally many");
+  require(!m.sparse_start, "weights are kept beside this one already");
+  require(m.columns <= 65536, "weights can be kept beside those of up to 65536 columns");
+  for (size_t i = 0; i < count; ++i)
+    require(0 <= rows.data()[i] && rows.data()[i] < m.rows && 0 <= columns.data()[i] && columns.data()[i] < m.columns,
+            "no such weight");
+  keep_beside(weight, int64_t(count), rows.data(), columns.data(), values.data());
 }
 
 template <class T>
@@ -124,11 +203,13 @@ void linear(const PackedMatrix& weight, Array<const float, 2> x, bool exact, int
   const Ops& ops = engine_ops();
   std::vector<float> padded(tokens * width), scale(tokens * m.blocks);
   std::vector<int8_t> q(tokens * width);
-  std::vector<int32_t> sums(tokens * m.blocks);
+  std::vector<int32_t> sums(2 * tokens * m.blocks);
   for (int64_t t = 0; t < tokens; ++t) {
     std::copy_n(x.data() + t * m.columns, m.columns, padded.data() + t * width);
+    int32_t* row_sums = sums.data() + 2 * t * m.blocks;
     ops.quantize(padded.data() + t * width, m.blocks, span_of(m), sum_factor(m), q.data() + t * width,
-                 scale.data() + t * m.blocks, sums.data() + t * m.blocks);
+                 scale.data() + t * m.blocks, row_sums);
+    if (m.halves) half_sums(q.data() + t * width, m.blocks, sum_factor(m), row_sums);
   }
   const Acts acts{padded.data(), width, q.data(), scale.data(), sums.data(), m.blocks, tokens, span_of(m)};
   Epilogue e{};
@@ -192,13 +273,6 @@ void gate_rows(const std::string& activation, Array<const float, 1> g, Array<con
   require(g.shape(0) == u.shape(0) && g.shape(0) == y.shape(0), "sizes differ");
   require(g.shape(0) % BlockColumns == 0, "sizes must be multiples of 32");
   engine_ops().gate(activation_of(activation), g.data(), u.data(), g.shape(0), y.data());
-}
-
-KvKind kv_kind(const std::string& name) {
-  if (name == "f32") return KvKind::f32;
-  if (name == "bf16") return KvKind::bf16;
-  require(name == "int8", "the KV cache can be f32, bf16 or int8");
-  return KvKind::i8;
 }
 
 NormWeights norm_weights(const Array<const float, 1>& weight, const OptionalFloats& bias) {
@@ -324,6 +398,7 @@ void sample_rows(Array<const float, 2> logits, Array<const double, 1> temperatur
 }  // namespace
 
 void bind_engine(nb::module_& m) {
+  bind_attention(m);
   nb::class_<Arena>(m, "Arena").def(nb::init<>()).def_prop_ro("bytes", &Arena::bytes);
   nb::class_<IntegerPart>(m, "IntegerPart")
       .def(
@@ -338,12 +413,22 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("rows", [](const PackedMatrix& w) { return w.matrix.rows; })
       .def_prop_ro("columns", [](const PackedMatrix& w) { return w.matrix.columns; })
       .def_prop_ro("bits", [](const PackedMatrix& w) { return bits_of(w.matrix.kind); })
-      .def_prop_ro("nbytes", [](const PackedMatrix& w) { return w.matrix.tiles * w.matrix.tile_bytes; })
+      .def_prop_ro("nbytes",
+                   [](const PackedMatrix& w) {
+                     const Matrix& m = w.matrix;
+                     const int64_t factors = m.row_factor ? m.tiles * TileRows * int64_t(sizeof(float)) : 0;
+                     return m.tiles * m.tile_bytes + factors + int64_t(w.sparse_bytes);
+                   })
+      .def("keep", keep, nb::arg("rows").noconvert(), nb::arg("columns").noconvert(), nb::arg("values").noconvert())
       .def("linear", linear, nb::arg("x").noconvert(), nb::arg("exact"), nb::arg("threads"),
            nb::arg("y").noconvert())
       .def("take", rows_of, nb::arg("rows").noconvert(), nb::arg("out").noconvert());
   const auto arena = nb::arg("arena");
   m.def("pack_integer", packed_integer, arena, nb::arg("parts"), nb::arg("columns"), nb::arg("interleave"),
+        nb::arg("threads"));
+  m.def("pack_codebook", packed_codebook, arena, nb::arg("parts"), nb::arg("factors"), nb::arg("levels").noconvert(),
+        nb::arg("columns"), nb::arg("interleave"), nb::arg("threads"));
+  m.def("pack_e4m3", packed_e4m3, arena, nb::arg("parts").noconvert(), nb::arg("factors"), nb::arg("interleave"),
         nb::arg("threads"));
   m.def("pack_bf16", packed_dense<uint16_t>, arena, nb::arg("parts").noconvert(), nb::arg("interleave"),
         nb::arg("threads"));

@@ -165,13 +165,13 @@ static void prepare(const Ops& ops, bool exact, const ModelShape& shape, const I
                     const std::vector<Product>& products, Ready& ready, Rank& rank, bool alone, Acts* acts) {
   const int64_t blocks = padded(in.columns) / BlockColumns, width = blocks * BlockColumns;
   bool codes = false;
-  for (const Product& p : products) codes |= is_integer(p.weight->matrix.kind) && !exact;
+  for (const Product& p : products) codes |= is_coded(p.weight->matrix.kind) && !exact;
   const bool copies = in.norm || in.columns % BlockColumns;
   // A normed row is kept where floats are wanted; else it only passes through on its way to codes.
   float* x = copies ? ready.x.data() : nullptr;
   int8_t* q = ready.q.data();
   float* scale = ready.scale.data();
-  const bool one = products.size() == 1;
+  const bool one = products.size() == 1 && !products[0].weight->matrix.halves;
   int span = 2;
   for (const Product& p : products) span = std::min(span, span_of(p.weight->matrix));
   const int32_t factor = one ? sum_factor(products[0].weight->matrix) : 1;
@@ -190,13 +190,16 @@ static void prepare(const Ops& ops, bool exact, const ModelShape& shape, const I
         row = y;
       }
       if (!codes) continue;
-      int32_t* sums = ready.sums[0].data() + t * blocks;
+      int32_t* sums = ready.sums[0].data() + 2 * t * blocks;
       ops.quantize(row, blocks, span, factor, q + t * width, scale + t * blocks, sums);
       if (one) continue;
       for (size_t i = products.size(); i-- > 0;) {  // the first last: the others are made from it
-        const int32_t f = sum_factor(products[i].weight->matrix);
-        int32_t* scaled = ready.sums[i].data() + t * blocks;
-        for (int64_t b = 0; b < blocks; ++b) scaled[b] = f * sums[b];
+        const Matrix& m = products[i].weight->matrix;
+        int32_t* scaled = ready.sums[i].data() + 2 * t * blocks;
+        if (m.halves)
+          half_sums(q + t * width, blocks, sum_factor(m), scaled);
+        else
+          for (int64_t b = 0; b < blocks; ++b) scaled[b] = sum_factor(m) * sums[b];
       }
     }
   };
@@ -234,7 +237,8 @@ static void multiply(const Ops& ops, bool exact, const std::vector<Product>& pro
 Model::Model(ModelShape s, Weight embedding, Weight head, NormWeights final_norm)
     : shape(std::move(s)), embedding_(std::move(embedding)), head_(std::move(head)), run_(new Run) {
   require(shape.hidden_size > 0 && shape.vocab_size > 0 && shape.max_positions > 0, "the model is empty");
-  require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= 1024, "head_dim must be even, up to 1024");
+  require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= MaxHeadDim,
+          "head_dim must be even, up to " + std::to_string(MaxHeadDim));
   require(int64_t(shape.inverse_frequencies.size()) == shape.head_dim / 2, "inverse_frequencies must be half a head");
   for (const Weight& w : {embedding_, head_}) {
     require(w && w->matrix.columns == shape.hidden_size && w->matrix.rows == shape.vocab_size,
@@ -430,7 +434,7 @@ void Model::execute(Run& run) {
     ready.x.get(rows * widest);
     ready.q.get(rows * widest);
     ready.scale.get(rows * blocks);
-    for (auto& sums : ready.sums) sums.get(rows * blocks);
+    for (auto& sums : ready.sums) sums.get(2 * rows * blocks);
   };
   size_ready(run.shared, tokens);
   const int threads = std::max(1, run.options.threads);

@@ -10,15 +10,19 @@ constexpr int TileRows = 16;      // rows of a weight that are stored together
 constexpr int BlockColumns = 32;  // columns that share one scale of the activations
 constexpr int PageTokens = 16;    // tokens of a page of the KV cache
 constexpr int ChunkTokens = 128;  // tokens of context whose scores are held at once
+constexpr int MaxHeadDim = 1024;
+constexpr float E4M3Factor = 0x1p120f;  // between an 8-bit float and the float32 with its bits at the top
+constexpr int KvGroup = 64;       // columns of a head that share a scale in a cache of 4-bit codes
+constexpr int ValueRun = 32;      // columns of a value that are packed together there
 constexpr int MaxQueryRows = 48;  // rows (query tokens times heads of a group) of one attention call
 
-enum class Kind : uint8_t { f32, bf16, i8, i4, i3, i2 };
-enum class ScaleKind : uint8_t { bf16, f16, f32 };
-enum class KvKind : uint8_t { f32, bf16, i8 };
+enum class Kind : uint8_t { f32, bf16, e4m3, i8, i6, i5, i4, i3, i2, c4, c4s };
+enum class ScaleKind : uint8_t { bf16, f16, f32, e4m3, e8m0 };
+enum class KvKind : uint8_t { f32, bf16, i8, i4 };
 enum class Activation : uint8_t { silu, gelu, gelu_tanh };
 enum class NormKind : uint8_t { rms, layer };
 
-// A weight [rows, columns] in tiles of 16 rows, the last one filled up with zeros. A tile of an integer kind is a run
+// A weight [rows, columns] in tiles of 16 rows, the last one filled up with zeros. A tile of a coded kind is a run
 // of groups of columns: a line of 64 bytes (or 128) with the scales of the next group, or of as many as fit, 16 to each
 // (and 16 zero points, as stored codes); then their blocks of 32 columns. A block is registers of 64 bytes, 16 rows by
 // 4 bytes. With v = 0..7 for columns 4v..4v+3:
@@ -26,34 +30,62 @@ enum class NormKind : uint8_t { rms, layer };
 //   i4  register v % 4, the low nibble for v < 4
 //   i2  register v % 2, bits 2 * (v / 2) and the next
 //   i3  the two registers of i2, and one whose bit v is the code's third
-// Codes are stored without sign, code + 2^(bits - 1). bf16 stores 16 rows by 2 columns, f32 16 rows by 1.
+//   i5  the four registers of i4, and one whose bit v is the code's fifth
+//   i6  the four registers of i4, and two like those of i2 with the upper bits
+//   c4, c4s  as i4; a code is the number of one of 16 levels (NF4, FP4: arXiv 2305.14314; E2M1: OCP MX 1.0)
+// Codes of integers are stored without sign, code + 2^(bits - 1). bf16 stores 16 rows by 2 columns, f32 16 rows by 1,
+// e4m3 16 rows by 4 bytes.
+//
+// A level stands for `steps[code]` times the row's factor. Products with 8-bit activations take the nearest whole
+// number of steps: up to 127 of them for c4, and exactly for c4s, whose levels are no more than 15 steps.
 struct Matrix {
   Kind kind;
   ScaleKind scale_kind;
   bool asymmetric;
+  bool halves;              // c4, c4s: scales of 16 columns, two to a block, one after the other
   int64_t rows, columns;
   int64_t tiles, blocks;    // blocks of 32 columns, the last filled up with zeros
   int64_t group_blocks;     // blocks that share a scale
   int64_t tile_bytes;
   const uint8_t* data;
+  const float* row_factor;  // [16 * tiles] what a row's products are multiplied by at the end, or null
+  float steps[16];          // c4, c4s
+  uint8_t table[16];        // the same as whole numbers, plus middle_of
+  // Weights beside the rest, in tiles of 16 rows as long as the longest of them (sliced ELLPACK, arXiv 1307.6209).
+  const int32_t* sparse_start;     // [tiles + 1] slots before each tile, or null: there are none
+  const uint16_t* sparse_columns;  // [slots, 16]
+  const float* sparse_values;      // [slots, 16]
 };
 
 inline int bits_of(Kind kind) {
   switch (kind) {
     case Kind::i8: return 8;
+    case Kind::e4m3: return 8;
+    case Kind::i6: return 6;
+    case Kind::i5: return 5;
     case Kind::i4: return 4;
+    case Kind::c4: return 4;
+    case Kind::c4s: return 4;
     case Kind::i3: return 3;
     case Kind::i2: return 2;
     case Kind::bf16: return 16;
     default: return 32;
   }
 }
-inline bool is_integer(Kind kind) { return kind >= Kind::i8; }
+// Codes with scales by groups of columns, which can meet 8-bit activations.
+inline bool is_coded(Kind kind) { return kind >= Kind::i8; }
+inline bool is_codebook(Kind kind) { return kind >= Kind::c4; }
+// What is added to a code, so that it has no sign.
+inline int middle_of(Kind kind) { return kind == Kind::c4 ? 128 : kind == Kind::c4s ? 16 : 1 << (bits_of(kind) - 1); }
 inline int64_t block_bytes(Kind kind) { return 64 * bits_of(kind); }
-inline int64_t scale_bytes(ScaleKind kind) { return TileRows * (kind == ScaleKind::f32 ? 4 : 2); }
-inline int64_t group_bytes(const Matrix& m) { return scale_bytes(m.scale_kind) + (m.asymmetric ? TileRows : 0); }
-inline int64_t line_bytes(const Matrix& m) { return is_integer(m.kind) ? (group_bytes(m) + 63) / 64 * 64 : 0; }
-inline int64_t groups_per_line(const Matrix& m) { return group_bytes(m) <= 32 ? 2 : 1; }
+inline int64_t scale_bytes(ScaleKind kind) {
+  return TileRows * (kind == ScaleKind::f32 ? 4 : kind == ScaleKind::e4m3 || kind == ScaleKind::e8m0 ? 1 : 2);
+}
+inline int64_t group_bytes(const Matrix& m) {
+  return scale_bytes(m.scale_kind) * (m.halves ? 2 : 1) + (m.asymmetric ? TileRows : 0);
+}
+inline int64_t line_bytes(const Matrix& m) { return is_coded(m.kind) ? (group_bytes(m) + 63) / 64 * 64 : 0; }
+inline int64_t groups_per_line(const Matrix& m) { return group_bytes(m) <= 64 ? 64 / group_bytes(m) : 1; }
 inline int64_t groups_of(const Matrix& m) { return m.blocks / m.group_blocks; }
 // Where in a tile the scales of a group are, and a block.
 inline int64_t scale_offset(const Matrix& m, int64_t group) {
@@ -61,7 +93,7 @@ inline int64_t scale_offset(const Matrix& m, int64_t group) {
   return line * (line_bytes(m) + per_line * m.group_blocks * block_bytes(m.kind)) + group % per_line * group_bytes(m);
 }
 inline int64_t block_offset(const Matrix& m, int64_t block) {
-  const int64_t lines = is_integer(m.kind) ? block / m.group_blocks / groups_per_line(m) + 1 : 0;
+  const int64_t lines = is_coded(m.kind) ? block / m.group_blocks / groups_per_line(m) + 1 : 0;
   return lines * line_bytes(m) + block * block_bytes(m.kind);
 }
 
@@ -71,7 +103,8 @@ struct Acts {
   int64_t stride;
   const int8_t* q;       // [tokens, 32 * blocks]
   const float* scale;    // [tokens, blocks]; `span` blocks after each other have the same
-  const int32_t* sums;   // [tokens, blocks] sum of a block's codes times sum_factor of the weight
+  const int32_t* sums;   // [tokens, 2 * blocks] sum of a block's codes times sum_factor of the weight, in the first half
+                         // of a row; with `halves` of each half of a block, in all of it
   int64_t blocks, tokens;
   int span;  // 1 or 2
 };
@@ -107,11 +140,28 @@ inline int64_t scratch_floats(int64_t head_dim) {
   return MaxQueryRows * (ChunkTokens + 2 * head_dim + 4);
 }
 
-// Bytes of a page of one head: keys [head_dim, 16], values [16, head_dim], and for i8 16 scales of each.
-inline int64_t kv_element_bytes(KvKind kind) { return kind == KvKind::f32 ? 4 : kind == KvKind::bf16 ? 2 : 1; }
+// A page of one head: keys of its 16 tokens, values, then scales. Keys are [head_dim, 16] and values [16, head_dim], so
+// that one register takes the scores of 16 tokens, or the columns of one value.
+//   i8  codes from -127 to 127; then float32 [2, 16]: a scale for each key, and for each value
+//   i4  codes from 0 to 15. A byte of the keys holds columns d and d + 1 (d even) of one token, low nibble first, so
+//       that no two tokens share a byte; a byte of the values, columns 32j + b and 32j + 16 + b. Then for each group of
+//       64 columns bfloat16 [4, 16]: scales of the keys, their least values, and the same of the values
+inline int64_t kv_groups(int64_t head_dim) { return (head_dim + KvGroup - 1) / KvGroup; }
+inline int64_t key_column_bytes(KvKind kind) {  // 16 tokens of one column, in the mean
+  return PageTokens * (kind == KvKind::f32 ? 4 : kind == KvKind::bf16 ? 2 : 1) / (kind == KvKind::i4 ? 2 : 1);
+}
+inline int64_t value_row_bytes(KvKind kind, int64_t head_dim) {  // one token
+  if (kind == KvKind::i4) return (head_dim + ValueRun - 1) / ValueRun * (ValueRun / 2);
+  return head_dim * (kind == KvKind::f32 ? 4 : kind == KvKind::bf16 ? 2 : 1);
+}
+inline int64_t values_offset(KvKind kind, int64_t head_dim) { return key_column_bytes(kind) * head_dim; }
+inline int64_t scales_offset(KvKind kind, int64_t head_dim) {
+  return values_offset(kind, head_dim) + PageTokens * value_row_bytes(kind, head_dim);
+}
 inline int64_t page_bytes(KvKind kind, int64_t head_dim) {
-  const int64_t scales = kind == KvKind::i8 ? 2 * PageTokens * 4 : 0;
-  return 2 * PageTokens * head_dim * kv_element_bytes(kind) + scales;
+  const int64_t i8 = kind == KvKind::i8 ? 2 * PageTokens * 4 : 0;
+  const int64_t i4 = kind == KvKind::i4 ? kv_groups(head_dim) * 4 * PageTokens * 2 : 0;
+  return scales_offset(kind, head_dim) + i8 + i4;
 }
 
 struct Ops {
@@ -137,12 +187,21 @@ struct Ops {
 };
 
 // What the sums of activations are multiplied by for this weight: products of stored codes start from them.
-inline int32_t sum_factor(const Matrix& m) { return is_integer(m.kind) ? -(1 << (bits_of(m.kind) - 1)) : 0; }
+inline int32_t sum_factor(const Matrix& m) { return is_coded(m.kind) ? -middle_of(m.kind) : 0; }
+
+// Sums of 16 codes each: for weights with scales of as many columns.
+inline void half_sums(const int8_t* q, int64_t blocks, int32_t factor, int32_t* sums) {
+  for (int64_t half = 0; half < 2 * blocks; ++half, q += BlockColumns / 2) {
+    int32_t sum = 0;
+    for (int i = 0; i < BlockColumns / 2; ++i) sum += q[i];
+    sums[half] = factor * sum;
+  }
+}
 
 // Blocks of activations that share a scale. Two halve what is not a product; codes of up to 4 bits are so coarse that
 // the rounding of activations, twice as large in the mean, is still far below their own.
 inline int span_of(const Matrix& m) {
-  return is_integer(m.kind) && m.kind != Kind::i8 && m.group_blocks % 2 == 0 ? 2 : 1;
+  return is_coded(m.kind) && bits_of(m.kind) <= 4 && m.group_blocks % 2 == 0 ? 2 : 1;
 }
 
 extern const Ops portable_ops;

@@ -10,6 +10,8 @@
 
 #include "../codes.hpp"
 #include "../threads.hpp"
+#include "pack_tiles.hpp"
+#include "small_floats.hpp"
 
 namespace gossamer {
 namespace {
@@ -17,80 +19,24 @@ namespace {
 constexpr size_t huge_page = size_t(2) << 20;
 constexpr size_t chunk_size = size_t(32) << 20;
 
-float bf16_value(uint16_t h) {
-  const uint32_t bits = uint32_t(h) << 16;
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-uint16_t bf16_of(float value) {  // of a float that is one
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return uint16_t(bits >> 16);
-}
-
-bool is_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return (bits & 0xFFFF) == 0;
-}
-
-// The half-precision number equal to a float, if there is one.
-bool to_f16(float value, uint16_t& out) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint32_t sign = (bits >> 16) & 0x8000, fraction = bits & 0x7FFFFF;
-  const int exponent = int((bits >> 23) & 255) - 127;
-  if ((bits & 0x7FFFFFFF) == 0) return out = uint16_t(sign), true;
-  if (exponent > 15 || exponent < -24) return false;
-  const int lost = exponent >= -14 ? 13 : 13 + (-14 - exponent);
-  const uint32_t whole = fraction | 0x800000;
-  if (whole & ((1u << lost) - 1)) return false;
-  const uint32_t kept = whole >> lost;
-  out = uint16_t(sign | (exponent >= -14 ? (uint32_t(exponent + 15) << 10) | (kept & 0x3FF) : kept));
-  return true;
-}
-
-float f16_value(uint16_t h) {
-  const int exponent = (h >> 10) & 31;
-  const float fraction = float(h & 1023);
-  const float size = exponent ? std::ldexp(1024.0f + fraction, exponent - 25) : std::ldexp(fraction, -24);
-  return h & 0x8000 ? -size : size;
-}
-
+// The smallest kind of number that all scales are.
 ScaleKind scale_kind(const std::vector<Part>& parts) {
-  bool bf16 = true, f16 = true;
-  for (const Part& part : parts)
-    for (int64_t i = 0; i < part.rows * part.groups && (bf16 || f16); ++i) {
-      uint16_t unused;
-      bf16 = bf16 && is_bf16(part.scale[i]);
-      f16 = f16 && to_f16(part.scale[i], unused);
-    }
-  return bf16 ? ScaleKind::bf16 : f16 ? ScaleKind::f16 : ScaleKind::f32;
+  auto all = [&](auto fits) {
+    return std::all_of(parts.begin(), parts.end(), [&](const Part& part) {
+      return std::all_of(part.scale, part.scale + part.rows * part.groups, fits);
+    });
+  };
+  uint8_t byte;
+  uint16_t half;
+  if (all([&](float v) { return to_e8m0(v, byte); })) return ScaleKind::e8m0;
+  if (all([&](float v) { return to_e4m3(v, byte); })) return ScaleKind::e4m3;
+  if (all(is_bf16)) return ScaleKind::bf16;
+  return all([&](float v) { return to_f16(v, half); }) ? ScaleKind::f16 : ScaleKind::f32;
 }
 
-// Which part's which row is row `row` of tile `tile`; null past the end.
-struct Rows {
-  const std::vector<Part>& parts;
-  bool interleave;
+}  // namespace
 
-  const Part* at(int64_t tile, int row, int64_t& local) const {
-    if (interleave) {
-      const Part& part = parts[tile % 2];
-      local = tile / 2 * TileRows + row;
-      return local < part.rows ? &part : nullptr;
-    }
-    local = tile * TileRows + row;
-    for (const Part& part : parts) {
-      if (local < part.rows) return &part;
-      local -= part.rows;
-    }
-    return nullptr;
-  }
-};
-
-Matrix shape(const std::vector<Part>& parts, int64_t columns, bool interleave) {
+Matrix shape_of(const std::vector<Part>& parts, int64_t columns, bool interleave) {
   Matrix m{};
   for (const Part& part : parts) m.rows += part.rows;
   m.columns = columns;
@@ -100,6 +46,18 @@ Matrix shape(const std::vector<Part>& parts, int64_t columns, bool interleave) {
   return m;
 }
 
+bool set_groups(const std::vector<Part>& parts, Matrix& m) {
+  for (const Part& part : parts) {
+    m.asymmetric = m.asymmetric || part.zero;
+    if (part.groups == 1) continue;
+    if (m.columns % part.groups || m.columns / part.groups % BlockColumns) return false;
+    m.group_blocks = std::gcd(m.group_blocks, m.columns / part.groups / BlockColumns);
+  }
+  return true;
+}
+
+namespace {
+
 // One block of 16 rows by 32 stored codes [16, stride].
 void pack_block(Kind kind, const uint8_t* codes, int64_t stride, uint8_t* out) {
   for (int r = 0; r < TileRows; ++r) {
@@ -108,8 +66,17 @@ void pack_block(Kind kind, const uint8_t* codes, int64_t stride, uint8_t* out) {
     auto put = [&](int reg, uint32_t value) { std::memcpy(out + 64 * reg + 4 * r, &value, 4); };
     if (kind == Kind::i8) {
       for (int v = 0; v < 8; ++v) put(v, word[v]);
-    } else if (kind == Kind::i4) {
+    } else if (bits_of(kind) >= 4) {
+      uint32_t fifth = 0, upper[2] = {};
+      for (int v = 0; v < 8; ++v) {
+        fifth |= ((word[v] >> 4) & 0x01010101u) << v;
+        upper[v % 2] |= ((word[v] >> 4) & 0x03030303u) << (v / 2 * 2);
+        word[v] &= 0x0F0F0F0Fu;
+      }
       for (int v = 0; v < 4; ++v) put(v, word[v] | word[v + 4] << 4);
+      if (kind == Kind::i5) put(4, fifth);
+      if (kind == Kind::i6)
+        for (int v = 0; v < 2; ++v) put(4 + v, upper[v]);
     } else {
       uint32_t third = 0;
       for (int v = 0; v < 8; ++v) {
@@ -125,6 +92,10 @@ void pack_block(Kind kind, const uint8_t* codes, int64_t stride, uint8_t* out) {
 void pack_scale(const Matrix& m, uint8_t* out, int row, float scale, int zero) {
   if (m.scale_kind == ScaleKind::f32) {
     std::memcpy(out + 4 * row, &scale, 4);
+  } else if (m.scale_kind == ScaleKind::e8m0) {
+    to_e8m0(scale, out[row]);
+  } else if (m.scale_kind == ScaleKind::e4m3) {
+    to_e4m3(scale, out[row]);
   } else {
     uint16_t h = bf16_of(scale);
     if (m.scale_kind == ScaleKind::f16) to_f16(scale, h);
@@ -133,7 +104,7 @@ void pack_scale(const Matrix& m, uint8_t* out, int row, float scale, int zero) {
   if (m.asymmetric) out[scale_bytes(m.scale_kind) + row] = uint8_t(zero);
 }
 
-void pack_integer_tile(const Matrix& m, const Rows& rows, int64_t tile, std::vector<uint8_t>& codes,
+void pack_coded_tile(const Matrix& m, const Rows& rows, int64_t tile, std::vector<uint8_t>& codes,
                        std::vector<int8_t>& row_codes, uint8_t* out) {
   const int64_t stride = m.blocks * BlockColumns;
   const int middle = 1 << (bits_of(m.kind) - 1);
@@ -144,6 +115,12 @@ void pack_integer_tile(const Matrix& m, const Rows& rows, int64_t tile, std::vec
     if (!part) continue;
     unpack_codes(part->words + local * words_for(m.columns, part->bits), row_codes.data(), 1, m.columns, part->bits);
     for (int64_t c = 0; c < m.columns; ++c) codes[r * stride + c] = uint8_t(row_codes[c] + middle);
+    if (m.halves) {
+      for (int64_t half = 0; half < part->groups; ++half)
+        pack_scale(m, out + scale_offset(m, half / 2) + half % 2 * scale_bytes(m.scale_kind), r,
+                   part->scale[local * part->groups + half], 0);
+      continue;
+    }
     for (int64_t group = 0; group < m.blocks / m.group_blocks; ++group) {
       const int64_t at = local * part->groups + group * part->groups * m.group_blocks / m.blocks;
       pack_scale(m, out + scale_offset(m, group), r, part->scale[at], middle + (part->zero ? part->zero[at] : 0));
@@ -195,43 +172,76 @@ uint8_t* Arena::allocate(size_t bytes) {
 }
 
 bool pack_integer(const std::vector<Part>& parts, int64_t columns, bool interleave, int threads, PackedMatrix& packed) {
-  Matrix m = shape(parts, columns, interleave);
+  Matrix m = shape_of(parts, columns, interleave);
+  if (!set_groups(parts, m)) return false;
+  constexpr Kind kinds[] = {Kind::i2, Kind::i3, Kind::i4, Kind::i5, Kind::i6, Kind::i8, Kind::i8};
   int bits = 2;
-  for (const Part& part : parts) {
-    bits = std::max(bits, part.bits);
-    m.asymmetric = m.asymmetric || part.zero;
-    if (part.groups == 1) continue;
-    if (columns % part.groups || columns / part.groups % BlockColumns) return false;
-    m.group_blocks = std::gcd(m.group_blocks, columns / part.groups / BlockColumns);
-  }
-  m.kind = bits == 2 ? Kind::i2 : bits == 3 ? Kind::i3 : bits == 4 ? Kind::i4 : Kind::i8;
+  for (const Part& part : parts) bits = std::max(bits, part.bits);
+  m.kind = kinds[bits - 2];
+  pack_coded(parts, interleave, threads, m, packed);
+  return true;
+}
+
+void pack_coded(const std::vector<Part>& parts, bool interleave, int threads, Matrix m, PackedMatrix& packed) {
   m.scale_kind = scale_kind(parts);
   m.tile_bytes = block_offset(m, m.blocks - 1) + block_bytes(m.kind);
   uint8_t* data = packed.arena->allocate(m.tiles * m.tile_bytes);
   m.data = data;
   packed.matrix = m;
+  packed.turns = interleave ? parts[0].rows : 0;
   const Rows rows{parts, interleave};
   parallel_for(m.tiles, threads, [&](int64_t begin, int64_t end, int) {
     std::vector<uint8_t> codes(TileRows * m.blocks * BlockColumns);
-    std::vector<int8_t> row_codes(columns);
+    std::vector<int8_t> row_codes(m.columns);
     for (int64_t tile = begin; tile < end; ++tile)
-      pack_integer_tile(m, rows, tile, codes, row_codes, data + tile * m.tile_bytes);
+      pack_coded_tile(m, rows, tile, codes, row_codes, data + tile * m.tile_bytes);
   });
-  return true;
 }
 
 void pack_dense(const std::vector<Part>& parts, int64_t columns, bool interleave, int threads, PackedMatrix& packed) {
-  Matrix m = shape(parts, columns, interleave);
+  Matrix m = shape_of(parts, columns, interleave);
   m.kind = std::all_of(parts.begin(), parts.end(), [](const Part& p) { return p.bf16; }) ? Kind::bf16 : Kind::f32;
   m.tile_bytes = m.blocks * block_bytes(m.kind);
   uint8_t* data = packed.arena->allocate(m.tiles * m.tile_bytes);
   m.data = data;
   packed.matrix = m;
+  packed.turns = interleave ? parts[0].rows : 0;
   const Rows rows{parts, interleave};
   parallel_for(m.tiles, threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t tile = begin; tile < end; ++tile) pack_dense_tile(m, rows, tile, data + tile * m.tile_bytes);
   });
 }
+
+namespace {
+
+float stored_scale(ScaleKind kind, const uint8_t* at, int64_t row) {
+  if (kind == ScaleKind::e8m0) return e8m0_value(at[row]);
+  if (kind == ScaleKind::e4m3) return e4m3_value(at[row]);
+  uint16_t h;
+  float scale;
+  if (kind == ScaleKind::f32) {
+    std::memcpy(&scale, at + 4 * row, 4);
+    return scale;
+  }
+  std::memcpy(&h, at + 2 * row, 2);
+  return kind == ScaleKind::bf16 ? bf16_value(h) : f16_value(h);
+}
+
+// The code of column 4v + i of a block, from the byte i of a row on.
+int stored_code(Kind kind, const uint8_t* at, int v) {
+  const int bits = bits_of(kind);
+  if (bits == 8) return at[64 * v];
+  if (bits >= 4) {
+    const int low = (at[64 * (v % 4)] >> (v / 4 * 4)) & 15;
+    if (bits == 5) return low | ((at[256] >> v) & 1) << 4;
+    if (bits == 6) return low | ((at[256 + 64 * (v % 2)] >> (v / 2 * 2)) & 3) << 4;
+    return low;
+  }
+  const int low = (at[64 * (v % 2)] >> (v / 2 * 2)) & 3;
+  return kind == Kind::i3 ? low | ((at[128] >> v) & 1) << 2 : low;
+}
+
+}  // namespace
 
 void row_floats(const Matrix& m, int64_t row, float* out) {
   const uint8_t* tile = m.data + row / TileRows * m.tile_bytes;
@@ -248,31 +258,26 @@ void row_floats(const Matrix& m, int64_t row, float* out) {
     }
     return;
   }
+  const float factor = m.row_factor ? m.row_factor[row] : 1.0f;
+  if (m.kind == Kind::e4m3) {
+    for (int64_t c = 0; c < padded; ++c) out[c] = e4m3_value(tile[c / 4 * 64 + 4 * r + c % 4]) * factor;
+    return;
+  }
   const int middle = 1 << (bits_of(m.kind) - 1);
   for (int64_t b = 0; b < m.blocks; ++b) {
-    const uint8_t* p = tile + block_offset(m, b);
     const uint8_t* after = tile + scale_offset(m, b / m.group_blocks);
-    float scale;
-    uint16_t h;
-    if (m.scale_kind == ScaleKind::f32) {
-      std::memcpy(&scale, after + 4 * r, 4);
-    } else {
-      std::memcpy(&h, after + 2 * r, 2);
-      scale = m.scale_kind == ScaleKind::bf16 ? bf16_value(h) : f16_value(h);
-    }
     const int zero = m.asymmetric ? after[scale_bytes(m.scale_kind) + r] : middle;
     for (int c = 0; c < BlockColumns; ++c) {
-      const int v = c / 4;
-      const uint8_t* at = p + 4 * r + c % 4;
-      int code;
-      if (m.kind == Kind::i8) code = at[64 * v];
-      else if (m.kind == Kind::i4) code = (at[64 * (v % 4)] >> (v / 4 * 4)) & 15;
-      else code = (at[64 * (v % 2)] >> (v / 2 * 2)) & 3;
-      if (m.kind == Kind::i3) code |= ((at[128] >> v) & 1) << 2;
-      out[b * BlockColumns + c] = float(code - zero) * scale;
+      if (m.halves && c == BlockColumns / 2) after += scale_bytes(m.scale_kind);
+      const int code = stored_code(m.kind, tile + block_offset(m, b) + 4 * r + c % 4, c / 4);
+      const float number = is_codebook(m.kind) ? m.steps[code] : float(code - zero);
+      out[b * BlockColumns + c] = number * stored_scale(m.scale_kind, after, r) * factor;
     }
   }
   for (int64_t c = m.columns; c < padded; ++c) out[c] = 0.0f;
+  if (!m.sparse_start) return;
+  for (int64_t slot = m.sparse_start[row / TileRows]; slot < m.sparse_start[row / TileRows + 1]; ++slot)
+    out[m.sparse_columns[slot * TileRows + r]] += m.sparse_values[slot * TileRows + r];
 }
 
 }  // namespace gossamer

@@ -31,10 +31,12 @@ class Arena {
 struct PackedMatrix {
   Matrix matrix{};
   std::shared_ptr<Arena> arena;
+  int64_t turns = 0;  // rows of each of two parts whose tiles are in turns; 0: rows are in order
+  size_t sparse_bytes = 0;
 };
 
-// Rows of a combined weight that one stored weight gives. Integer: codes [rows, words], scales and zero points
-// [rows, groups]. Dense: bfloat16 or float32 numbers [rows, columns].
+// Rows of a combined weight that one stored weight gives. Coded: codes [rows, words], scales and zero points
+// [rows, groups]. Dense: bfloat16, float32 or 8-bit float numbers [rows, columns].
 struct Part {
   int64_t rows;
   const uint32_t* words;
@@ -44,12 +46,21 @@ struct Part {
   int bits;
   const uint16_t* bf16;
   const float* f32;
+  const uint8_t* e4m3;
+  const float* factor;  // [rows] codebooks and 8-bit floats: what a row is multiplied by, or null
 };
 
 // Combines parts: one after another, or (two of equal size) tile by tile in turns. Integer parts may differ in bits
 // and groups: the result has the most bits and the smallest groups of any. False if groups do not fall on blocks.
 bool pack_integer(const std::vector<Part>&, int64_t columns, bool interleave, int threads, PackedMatrix&);
 void pack_dense(const std::vector<Part>&, int64_t columns, bool interleave, int threads, PackedMatrix&);
+// Codes are the numbers of 16 levels, less 8; groups may also be of 16 columns. False if they do not fall on blocks.
+bool pack_codebook(const std::vector<Part>&, const float* levels, int64_t columns, bool interleave, int threads,
+                   PackedMatrix&);
+void pack_e4m3(const std::vector<Part>&, int64_t columns, bool interleave, int threads, PackedMatrix&);
+
+// Keeps weights beside a packed one, in float32: `count` of them at rows and columns. Once for a weight, before use.
+void keep_beside(PackedMatrix&, int64_t count, const int32_t* rows, const int32_t* columns, const float* values);
 
 // One row [32 * blocks] as floats, zeros past the last column.
 void row_floats(const Matrix&, int64_t row, float* out);

@@ -102,12 +102,12 @@ def test_parts_of_different_bits_and_groups_are_one_weight(isa: str) -> None:
     parts = [random_weight(20, 192, 4, 96), random_weight(7, 192, 3, 32, asymmetric=True), random_weight(5, 192, 6)]
     matrix, x = pack(parts), inputs(4, 192)
     assert matrix.rows == 32
-    assert matrix.bits == 8
+    assert matrix.bits == 6
     weight, magnitude = (torch.cat([f(p) for p in parts]) for f in (Weight.exact, Weight.magnitude))
     assert_close(product(matrix, x, exact=True), x.double(), weight, magnitude + 256)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("asymmetric", [False, True])
 def test_rows_are_the_dequantized_weight_bit_for_bit(bits: int, asymmetric: bool) -> None:
     for out, columns, group_size in SHAPES:

@@ -6,6 +6,7 @@ asked for, and then only its rows.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CorruptCheckpoint, ModelNotFound, ShapeMismatch, UnsupportedModel
-from ..formats import Dense, Format, Integer, Kind, Layout, layout_from_quantization_config
+from ..formats import Codebook, Dense, Format, Integer, Kind, KMeans, Layout, layout_from_quantization_config
+from ..formats import outliers as outlier_tensors
 from ..model.families import FAMILIES
 from . import pickle_io
 from .base import Checkpoint, check_tensors, expected_shapes, parse_config, row_blocks
@@ -100,17 +102,11 @@ class HFCheckpoint(Checkpoint):
         if isinstance(form, Dense):
             full = stored["weight"]
             return self._sources[full].read(full, slice(start, stop))
-        # Zero points are packed down the rows, 32 rows in a whole number of words: read from such a boundary on.
-        shape, first = self._shapes[name], start // 32 * 32
-        tensors = {}
-        for local, (_, whole) in form.stored(shape).items():
-            part = form.stored((stop - first, *shape[1:]))[local][1]
-            skipped = form.stored((first, *shape[1:]))[local][1][0] if first and part[0] != whole[0] else 0
-            full = stored[local]
-            tensors[local] = self._sources[full].read(full, slice(skipped, skipped + part[0]))
-        if "weight_shape" in tensors:
-            tensors["weight_shape"] = torch.tensor([stop - first, *shape[1:]])
-        return form.unpack(tensors, slice(start - first, stop - first))
+
+        def read(local: str, rows: slice) -> torch.Tensor:
+            return self._sources[stored[local]].read(stored[local], rows)
+
+        return form.read(self._shapes[name], start, stop, read)
 
     def _files(self) -> list[Path]:
         return [self.path / "config.json", *{source.path for source in self._sources.values()}]
@@ -146,7 +142,7 @@ class HFCheckpoint(Checkpoint):
             if locals_ is None:
                 continue
             self._formats[name], self._stored_names[name] = form, locals_
-            found[name] = self._check_packed(form, name, shape) if isinstance(form, Integer) else shape
+            found[name] = self._check_packed(form, name, shape)
             if isinstance(form, Dense):
                 info = self._sources[name].info(name)
                 self._formats[name], found[name] = Dense(self._dense_dtype(name, info.dtype)), info.shape
@@ -166,9 +162,15 @@ class HFCheckpoint(Checkpoint):
             form = layout(module, kind)
         except (re.error, TypeError, ValueError, RecursionError) as error:
             raise CorruptCheckpoint(f"{self.path}/config.json: quantization_config: {error}") from error
-        scale = f"{module}.weight_scale"
-        if isinstance(form, Integer) and scale in self._sources:
+        return self._as_found(form, module)
+
+    def _as_found(self, form: Format, module: str) -> Format:
+        """The format with what config.json does not say: the dtype of the scales, the number of outliers."""
+        scale, outliers = f"{module}.weight_scale", f"{module}.{outlier_tensors.VALUES}"
+        if isinstance(form, Integer | Codebook) and scale in self._sources:
             form = replace(form, scale_dtype=self._sources[scale].info(scale).dtype)
+        if isinstance(form, Integer | KMeans) and form.outliers and outliers in self._sources:
+            form = replace(form, kept=math.prod(self._sources[outliers].info(outliers).shape))
         return form
 
     def _locals(self, form: Format, name: str, shape: tuple[int, ...]) -> dict[str, str] | None:
@@ -191,10 +193,13 @@ class HFCheckpoint(Checkpoint):
                 )
         return names
 
-    def _check_packed(self, form: Integer, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if form.scale_dtype not in _FLOATS:
+    def _check_packed(self, form: Format, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the stored tensors of a weight say it has."""
+        if isinstance(form, Integer | Codebook) and not form.fixed_scales and form.scale_dtype not in _FLOATS:
             raise CorruptCheckpoint(f"{self.path}: the scales of {name!r} are {form.scale_dtype}")
-        full = self._stored_names[name]["weight_shape"]
+        full = self._stored_names[name].get("weight_shape")
+        if full is None:
+            return shape
         said: list[int] = self._sources[full].read(full).tolist()
         return tuple(said)
 
@@ -214,7 +219,7 @@ class HFCheckpoint(Checkpoint):
         if manifest is not None:
             note = manifest.base.note
             return f"{DERIVED}{note}" if manifest.recipe and note else note
-        packed = Counter(form for form in self._formats.values() if isinstance(form, Integer))
+        packed = Counter(form for form in self._formats.values() if isinstance(form, Integer | Codebook | KMeans))
         if not packed:
             return None
         form = packed.most_common(1)[0][0]

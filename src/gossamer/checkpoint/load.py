@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..formats import Dense, Integer
-from ..formats.linear import DenseEmbedding, DenseLinear, PackedEmbedding, PackedLinear
+from ..formats import Codebook, Dense, Format, Integer, KMeans
+from ..formats.linear import DenseEmbedding, DenseLinear, PackedEmbedding, stored_linear
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
 from ..model.families import FAMILIES, LINEARS, NORMS
@@ -28,7 +28,7 @@ def load_decoder(
 ) -> Decoder:
     """The checkpoint's Decoder, with its weights expanded to `dtype`, or `packed` as they are stored.
 
-    Packed: integer weights stay packed and bfloat16 ones stay bfloat16. Blocks that no kernel multiplies (those of a
+    Packed: quantized weights stay packed and bfloat16 ones stay bfloat16. Blocks that no kernel multiplies (those of a
     GGUF file) become the float dtype that the checkpoint would be saved in. All others, and every norm, are float32,
     which is also the dtype of activations. Raises DoesNotFit before anything is allocated.
     """
@@ -59,7 +59,7 @@ def resident_bytes(checkpoint: Checkpoint, dtype: torch.dtype, packed: bool) -> 
         shape = checkpoint.shape(name)
         if packed and len(shape) == 2 and _stays_packed(checkpoint, name):
             form = checkpoint.format(name)
-            total += (form if isinstance(form, Integer) else Dense(torch.bfloat16)).nbytes(shape)
+            total += (form if is_packed(form) else Dense(torch.bfloat16)).nbytes(shape)
         else:
             total += torch.Size(shape).numel() * dtype.itemsize
     return total
@@ -104,16 +104,21 @@ def _fill(decoder: Decoder, place: _Place, checkpoint: Checkpoint, dtype: torch.
         module.bias = nn.Parameter(bias, requires_grad=False)
 
 
+def is_packed(form: Format) -> bool:
+    """True if a layer multiplies by what is stored: for all formats of a folder but dense ones."""
+    return isinstance(form, Integer | Codebook | KMeans)
+
+
 def _stays_packed(checkpoint: Checkpoint, name: str) -> bool:
     form = checkpoint.format(name)
     held = form.dtype if isinstance(form, Dense) else checkpoint.dtype
-    return isinstance(form, Integer) or held is torch.bfloat16
+    return is_packed(form) or held is torch.bfloat16
 
 
 def _stored_module(checkpoint: Checkpoint, name: str, bias: Tensor | None, embedding: bool) -> nn.Module:
     form = checkpoint.format(name)
-    if isinstance(form, Integer):
-        linear = PackedLinear(form, checkpoint.stored(name), bias)
+    if is_packed(form):
+        linear = stored_linear(form, checkpoint.stored(name), bias)
         return PackedEmbedding(linear) if embedding else linear
     weight = checkpoint.tensor(name, dtype=torch.bfloat16)
     return DenseEmbedding(weight) if embedding else DenseLinear(weight, bias)

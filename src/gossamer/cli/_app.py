@@ -31,14 +31,15 @@ from .plan import plan
 from .report import report
 from .run import run
 from .serve import serve
+from .study import study_precision
 
 
 class _Commands(TyperGroup):
     """The commands, with our own words for one that does not exist."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        if args[:2] == ["bench", "serve"]:  # a command of two words; `bench` itself takes models, not commands
-            args = ["bench serve", *args[2:]]
+        if " ".join(args[:2]) in self.commands:  # a command of two words; `bench` itself takes models, not commands
+            args = [" ".join(args[:2]), *args[2:]]
         known = not args or args[0] in self.commands or args[0].startswith("-")
         if not known and not ctx.resilient_parsing:  # which is how the shell's completion parses: nothing may be said
             raise UnknownName("command", args[0], self.commands)
@@ -84,6 +85,7 @@ app.command()(convert)
 app.command("eval")(eval_)
 app.command()(bench)
 app.command("bench serve")(bench_serve)
+app.command("study precision")(study_precision)
 app.command()(report)
 app.command()(doctor)
 

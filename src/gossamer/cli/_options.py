@@ -39,3 +39,7 @@ Activations: TypeAlias = Annotated[
     Literal["auto", "int8", "exact"],
     typer.Option("--activations", help="int8: rounded before they meet packed weights; exact: fp32."),
 ]
+KVCache: TypeAlias = Annotated[
+    Literal["auto", "bf16", "int8", "int4", "fp32"],
+    typer.Option("--kv-cache", help="What keys and values are stored as; auto: the backend's choice (cpu: bf16)."),
+]

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UsageError
 from ._console import progress
-from ._options import Activations, Backend, Json, Quiet, Weights
+from ._options import Activations, Backend, Json, KVCache, Quiet, Weights
 from .eval import (
     Engine,
     Models,
@@ -36,6 +36,7 @@ def bench(
     weights: Weights = "stored",
     backend: Backend = "auto",
     activations: Activations = "auto",
+    kv_cache: KVCache = "auto",
     engine: Engine = "gossamer",
     threads: Threads = None,
     out: Out = None,
@@ -54,7 +55,7 @@ def bench(
     check_out(out)
     plans = [SpeedPlan(prompt_tokens, output_tokens, n, repetitions, warmup) for n in _sizes(batch)]
     with progress(quiet) as report:
-        ran = (bench_models(models, plan, report, weights, threads, backend, activations) for plan in plans)
+        ran = (bench_models(models, plan, report, weights, threads, backend, activations, kv_cache) for plan in plans)
         records = take(chain.from_iterable(ran), out, json)
     if not json:
         _show(records)

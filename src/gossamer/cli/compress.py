@@ -73,7 +73,7 @@ def compress(
             append_record(record, _failed(checkpoint, recipe_, out, error))
         raise
     cost = {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss()}
-    row = _made(open_checkpoint(out), recipe_, result, dict.fromkeys(cost) if result.existed else cost)
+    row = made_record(open_checkpoint(out), recipe_, result, dict.fromkeys(cost) if result.existed else cost)
     if record is not None and not (result.existed and _is_recorded(record, row)):
         append_record(record, row)
     if json:
@@ -82,7 +82,7 @@ def compress(
         _say(row, result)
 
 
-def _made(artifact: Checkpoint, recipe: Recipe, result: Result, cost: dict[str, Any]) -> dict[str, Any]:
+def made_record(artifact: Checkpoint, recipe: Recipe, result: Result, cost: dict[str, Any]) -> dict[str, Any]:
     """The record of an artifact; its cost is unknown if an earlier run made it."""
     from ..engine import isa_in_use
     from ..measure.records import engine_block, make_record, model_block
@@ -135,7 +135,7 @@ def _say(row: dict[str, Any], result: Result) -> None:
         f"made in {cost['seconds']:.0f} s with at most {cost['peak_rss_bytes'] / 1e9:.2f} GB of memory{resumed}"
     )
     if OWN_PREFIX in (result.path / "config.json").read_text(encoding="utf-8"):
-        remark("the embedding is packed: Gossamer reads this folder, transformers and vLLM refuse it")
+        remark("only Gossamer reads this folder, transformers and vLLM refuse it: they lack its formats")
 
 
 def read_recipe(name: str) -> Recipe:

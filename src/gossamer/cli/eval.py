@@ -10,7 +10,7 @@ import typer
 
 from ..errors import GossamerError
 from ._console import console, emit_json, print_error, progress
-from ._options import Activations, Backend, Json, Quiet, Weights
+from ._options import Activations, Backend, Json, KVCache, Quiet, Weights
 
 Models: TypeAlias = Annotated[
     list[str], typer.Argument(metavar="MODEL...", help="Folders, .gguf files, hub ids or aliases (smollm2).")
@@ -40,6 +40,7 @@ def eval_(
     weights: Weights = "stored",
     backend: Backend = "auto",
     activations: Activations = "auto",
+    kv_cache: KVCache = "auto",
     engine: Engine = "gossamer",
     threads: Threads = None,
     out: Out = None,
@@ -68,6 +69,7 @@ def eval_(
         backend=backend,
         activations=activations,
         threads=threads,
+        kv_cache=kv_cache,
     )
     with progress(quiet) as report:
         records = take(evaluate_models(models, request, report), out, json)
@@ -161,7 +163,8 @@ def computed_by(records: Sequence[dict[str, Any]]) -> str:
     """What computed, in a few words: `cpu backend (avx512, int8 activations)`; more than one if models differ."""
     found = []
     for engine in (record["engine"] for record in records if record["status"] == "ok"):
-        details = [engine["kernels"], f"{engine['activations']} activations" if engine["activations"] else None]
+        words = (("activations", "activations"), ("kv_cache", "KV cache"))
+        details = [engine["kernels"], *(f"{engine[name]} {what}" for name, what in words if engine[name])]
         found.append(f"{engine['backend']} backend ({', '.join(detail for detail in details if detail)})")
     return " and ".join(dict.fromkeys(found)) or "nothing computed"
 

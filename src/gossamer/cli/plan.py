@@ -30,17 +30,17 @@ def plan(
     """
     from ..checkpoint import open_checkpoint
     from ..checkpoint.memory import available_memory
-    from ..compress.method import Needs
-    from ..compress.pipeline import Later
+    from ..compress.pipeline import Later, transformed
     from ..compress.plan import RUN_BYTES, check_fit, free_disk, make_plan
 
     checkpoint = open_checkpoint(model)
     recipe_ = with_overrides(read_recipe(recipe), calibration, calibration_sequences, calibration_length, None)
     text = calibration_of(recipe, recipe_, checkpoint, lambda label, done, total: None, quiet)
     sampling = text.memory if isinstance(text, Later) else 0
-    planned = make_plan(checkpoint.config, recipe_, checkpoint.dtype, sampling)
+    source = transformed(checkpoint, recipe_)
+    planned = make_plan(source.config, recipe_, source.dtype, sampling)
     memory, disk = available_memory(), free_disk(out)
-    kv = 4 * checkpoint.config.kv_elements_per_token()
+    kv = 4 * source.config.kv_elements_per_token()
     running = RUN_BYTES + planned.output_bytes + kv * context
     row = {
         "model": checkpoint.name,
@@ -52,6 +52,7 @@ def plan(
         "formats": sorted({form.name for form in planned.formats.values()}),
         "sampling_bytes": planned.sampling_bytes,
         "compress_peak_bytes": planned.peak_bytes,
+        "compress_phases_bytes": dict(planned.phases),
         "compress_disk_bytes": planned.disk_bytes,
         "run_bytes": running,
         "kv_bytes_per_token": kv,
@@ -63,7 +64,7 @@ def plan(
         emit_json(row)
     else:
         _print(row)
-    check_fit(planned, memory, disk, recipe_.methods()[0].needs is not Needs.NOTHING)
+    check_fit(planned, memory, disk, recipe_.needs_calibration())
     if running > memory and not quiet:
         remark("the result would not run in the memory that is free now: take fewer bits or a shorter --context")
 
@@ -80,6 +81,11 @@ def _print(row: dict[str, object]) -> None:
     table.add_row("weights after", f"{mb('output_bytes')}  ({row['bits_per_weight']} bits per weight)")
     table.add_row("formats", ", ".join(row["formats"]))  # type: ignore[arg-type]
     table.add_row("memory to compress", f"{mb('compress_peak_bytes')}  of {mb('memory_available_bytes')} free")
+    phases = row["compress_phases_bytes"]
+    assert isinstance(phases, dict)
+    if len(phases) > 1:
+        for name, peak in phases.items():
+            table.add_row("", f"{peak / 1e6:,.1f} MB  {name}")
     if row["sampling_bytes"]:
         table.add_row("", f"{mb('sampling_bytes')} of it for the model, which writes its own calibration text")
     table.add_row("disk to compress", f"{mb('compress_disk_bytes')}  of {mb('disk_available_bytes')} free")

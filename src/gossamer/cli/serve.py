@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,10 +19,6 @@ if TYPE_CHECKING:
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 
 Models = Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders, .gguf files, hub ids or smollm2.")]
-KVCache = Annotated[
-    Literal["auto", "bf16", "int8", "fp32"],
-    typer.Option("--kv-cache", help="What keys and values are stored as; auto: the backend's choice."),
-]
 
 
 def serve(
@@ -42,7 +38,7 @@ def serve(
         str | None,
         typer.Option("--kv-memory", help="KV cache of each model: 2GB; else from free memory.", metavar="SIZE"),
     ] = None,
-    kv_cache: KVCache = "auto",
+    kv_cache: o.KVCache = "auto",
     max_sequences: Annotated[int, typer.Option("--max-sequences", help="Most completions that run together.")] = 64,
     max_batch_tokens: Annotated[
         int, typer.Option("--max-batch-tokens", help="Most tokens of a step; fewer let answers flow evenly.")

@@ -1,8 +1,9 @@
 """What is finished, on disk, so that a killed run goes on where it stopped. Knows no model and no method.
 
 A work folder holds one file per finished unit and `journal.jsonl`: a header that says exactly what is being made,
-then one line per unit with its file's hash. Every line carries a hash of itself. A unit counts once its file, its name
-in the folder and its line are on disk. A resume with another header stops.
+then one line per unit with its file's hash; of several lines for a unit the last counts. Every line carries a hash of
+itself. A unit counts once its file, its name in the folder and its line are on disk. A resume with another header
+stops.
 """
 
 from __future__ import annotations
@@ -37,15 +38,22 @@ class Journal:
         if not lines:
             self._append({"header": header})
             sync(folder)
-        for number, line in enumerate(lines[1:], start=2):
+        latest = {line["unit"]: (number, line) for number, line in enumerate(lines[1:], start=2)}
+        for number, line in sorted(latest.values(), key=lambda item: item[0]):
             self._load(number, line)
 
     def add(self, unit: str, file: Path, notes: Mapping[str, Any]) -> None:
-        """Record a unit whose file is complete and synced."""
+        """Record a unit whose file is complete and synced.
+
+        A unit may be recorded again, in a file of another name: the last line counts, and the earlier file goes.
+        """
+        before = self.done.get(unit)
         entry = {"unit": unit, "file": file.name, "sha256": sha256(file), "notes": dict(notes)}
         sync(self.folder)  # before the line that relies on the file's name
         self._append(entry)
         self.done[unit] = entry
+        if before is not None and before["file"] != file.name:
+            (self.folder / before["file"]).unlink(missing_ok=True)
 
     def _load(self, number: int, line: dict[str, Any]) -> None:
         unit, file, expected = line["unit"], self.folder / Path(line["file"]).name, line["sha256"]

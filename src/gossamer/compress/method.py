@@ -1,5 +1,7 @@
-"""The contract of a compression method. A method sees one weight and its statistics; the pipeline owns all the rest.
+"""The contracts of compression methods. A method sees weights and their statistics; the pipeline owns all the rest.
 
+Four kinds, in the order in which a recipe may name them: `Transform` (a changed view of the checkpoint), then one
+`Quantizer` (sees one linear layer) or `BlockQuantizer` (sees one block), then `Tuner` (sees the finished model).
 To add one: a file with a class like `quantize/rtn.py`, and a row in `registry.py`.
 """
 
@@ -7,12 +9,32 @@ from __future__ import annotations
 
 import abc
 import enum
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from ..formats import Codes, Integer, nearest_group_size
+from ..checkpoint import Checkpoint
+from ..formats import Codebook, Codes, Format, Integer, nearest_group_size
+from ..model import ModelConfig
+from .blockview import BlockView
+from .tuning import TunedModel
+
+__all__ = [
+    "BlockQuantizer",
+    "BlockView",
+    "Budget",
+    "GridOptions",
+    "Method",
+    "Needs",
+    "Options",
+    "QuantizeOptions",
+    "Quantizer",
+    "Transform",
+    "TunedModel",
+    "Tuner",
+    "WeightMethod",
+]
 
 
 class Needs(enum.Enum):
@@ -21,6 +43,12 @@ class Needs(enum.Enum):
     NOTHING = "nothing"
     HESSIAN = "hessian"
     """H = X^T X [in, in] over the calibration inputs X [tokens, in] of the layer."""
+    GRADIENT = "gradient"
+    """The Hessian, and the mean over the calibration sequences of the loss's squared gradient [out, in]."""
+    BLOCK = "block"
+    """A block with its inputs, and the outputs that the original has in its place."""
+    MODEL = "model"
+    """The finished model and the original's logits."""
 
 
 class Options(BaseModel):
@@ -29,16 +57,52 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+FormatName: TypeAlias = Literal["int", "nf4", "fp4", "mxfp4", "nvfp4", "fp8"]
+GRID_KEYS = ("format", "bits", "group_size", "symmetric", "double_quant")
+FIXED: dict[str, dict[str, Any]] = {
+    "nf4": {"bits": 4, "symmetric": True},
+    "fp4": {"bits": 4, "symmetric": True},
+    "mxfp4": {"bits": 4, "group_size": 32, "symmetric": True},
+    "nvfp4": {"bits": 4, "group_size": 16, "symmetric": True},
+    "fp8": {"bits": 8, "group_size": "channel", "symmetric": True},
+}
+"""What a codebook decides by itself: these keys may be left away, and may say nothing else."""
+BITS = (2, 3, 4, 5, 6, 8)
+
+
 class GridOptions(Options):
-    """An integer grid: how many bits, shared by how many columns."""
+    """A grid: which numbers a code can stand for, how many bits it has, how many columns share a scale."""
 
-    bits: int = Field(4, ge=2, le=8, description="bits per weight: 2, 3, 4 or 8")
+    format: FormatName = Field(default="int", description="int: evenly spaced; the others: floating-point codebooks")
+    bits: int = Field(default=4, ge=2, le=8, description="bits per weight: 2, 3, 4, 5, 6 or 8")
     group_size: int | Literal["channel", "auto"] = Field(
-        64, description="columns that share a scale; `channel`: the whole row; `auto`: nearest to 64 that divides all"
+        default=64,
+        description="columns that share a scale; `channel`: the whole row; `auto`: nearest to 64 that divides all",
     )
-    symmetric: bool = Field(True, description="no zero point")
+    symmetric: bool = Field(default=True, description="no zero point")
+    double_quant: bool = Field(default=False, description="nf4 and fp4: store the scales in 8 bits, too")
 
-    def integer(self, columns: list[int]) -> Integer:
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        """A codebook's own bits and groups, where they are not given; other values are refused."""
+        fixed = FIXED.get(str(data.get("format")), {}) if isinstance(data, dict) else {}
+        for key, value in fixed.items():
+            if data.get(key, value) != value:
+                raise ValueError(f"{data['format']} has {key} {value}, not {data[key]!r:.40}")
+        return {**fixed, **data} if fixed else data
+
+    @model_validator(mode="after")
+    def _check(self) -> GridOptions:
+        if self.bits not in BITS:
+            raise ValueError(f"bits is {self.bits}: 2, 3, 4, 5, 6 or 8")
+        if isinstance(self.group_size, int) and self.group_size < 1:
+            raise ValueError(f"group_size is {self.group_size}: a positive number, channel or auto")
+        if self.double_quant and self.format not in ("nf4", "fp4"):
+            raise ValueError(f"double_quant is for nf4 and fp4, not for {self.format}")
+        return self
+
+    def format_for(self, columns: list[int]) -> Format:
         """The format for layers with these row lengths; `auto` is resolved here."""
         size: int | None
         if self.group_size == "channel":
@@ -47,30 +111,227 @@ class GridOptions(Options):
             size = nearest_group_size(64, columns)
         else:
             size = int(self.group_size)
-        return Integer(self.bits, size, self.symmetric)
+        if self.format == "int":
+            return Integer(self.bits, size, self.symmetric)
+        return Codebook(self.format, size, self.double_quant)
+
+
+BUDGET_BITS = (2, 3, 4, 5, 6, 8)
+
+
+class Budget(Options):
+    """An average over the whole model in place of one grid for all layers: `sensitivity.settle` spends it."""
+
+    bits: float = Field(gt=1, le=16, description="stored bits per weight of the whole model, whatever is packed or not")
+    candidates: list[GridOptions] = Field(
+        default_factory=list, description="grids to choose from for each layer; none: the stage's at 2 to 8 bits"
+    )
+    embedding: list[GridOptions] = Field(
+        default_factory=list, description="grids to choose from for the embedding; none: as the stage says"
+    )
+    settled: bool = Field(
+        default=False, description="`layers` and `embedding` say how it was spent: measure nothing again"
+    )
+
+    def grids(self, stage: GridOptions) -> list[GridOptions]:
+        """What each linear layer may be stored as."""
+        if self.candidates:
+            return self.candidates
+        return [GridOptions.model_validate({**_grid(stage), "bits": bits}) for bits in BUDGET_BITS]
+
+
+def _grid(options: GridOptions) -> dict[str, Any]:
+    return {key: getattr(options, key) for key in GRID_KEYS}
 
 
 class QuantizeOptions(GridOptions):
     """Options that every weight quantizer takes. The embedding and the head stay in float unless named."""
 
     clip: Literal["none", "mse"] = Field(
-        "none", description="mse: shrink each group's range to the least squared error"
+        default="none", description="mse: shrink each group's range to the least squared error"
     )
-    embedding: GridOptions | None = Field(None, description="grid of the embedding (rounded to nearest); null: float")
-    head: GridOptions | None = Field(None, description="grid of the head; a tied head is the embedding")
+    layers: dict[str, GridOptions] = Field(
+        default_factory=dict,
+        description="a role (`down`) or a glob of module names (`*.down_proj`) -> its own grid, which takes the keys "
+        "that it does not give from the stage; of several that match, the longest text wins",
+    )
+    embedding: GridOptions | None = Field(
+        default=None, description="grid of the embedding (rounded to nearest); null: float"
+    )
+    head: GridOptions | None = Field(default=None, description="grid of the head; a tied head is the embedding")
+    budget: Budget | None = Field(
+        default=None,
+        description="average bits of the whole model (`4.5`, or a mapping): a grid for each layer by measurement",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_budget(cls, data: Any) -> Any:
+        """`budget: 4.5` says only the bits."""
+        bits = data.get("budget") if isinstance(data, dict) else None
+        if isinstance(bits, bool) or not isinstance(bits, int | float):
+            return data
+        return {**data, "budget": {"bits": float(bits)}}
+
+    @model_validator(mode="after")
+    def _one_who_decides(self) -> Self:
+        """A budget that is yet to be spent stands for `layers`, and for `embedding` if it has candidates for it."""
+        if self.budget is None or self.budget.settled:
+            return self
+        if self.layers:
+            raise ValueError("budget and layers: both say what grid a layer has")
+        if self.budget.embedding and (self.embedding or self.head):
+            raise ValueError("budget.embedding and embedding or head: both say what grid the embedding has")
+        if not self.budget.candidates and self.format != "int":
+            raise ValueError(f"budget needs candidates: {self.format} has one number of bits")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit(cls, data: Any) -> Any:
+        """Give a layer's own grid the keys of the stage that it does not have, if both are of one format."""
+        layers = data.get("layers") if isinstance(data, dict) else None
+        if not isinstance(layers, dict):
+            return data
+        stage = {key: cls.model_fields[key].default for key in GRID_KEYS}
+        stage |= FIXED.get(str(data.get("format")), {})
+        stage |= {key: data[key] for key in GRID_KEYS if key in data}
+        filled = {
+            key: {**stage, **grid}
+            if isinstance(grid, dict) and grid.get("format", stage["format"]) == stage["format"]
+            else grid
+            for key, grid in layers.items()
+        }
+        return {**data, "layers": filled}
+
+    def layer_format(self, grid: GridOptions, columns: list[int]) -> Format:
+        """The format of linear layers on this grid: the stage's own or one of `layers`.
+
+        A method that stores something else than a grid (k-means, kept outliers) overrides this.
+        """
+        return grid.format_for(columns)
 
 
-class Quantizer(abc.ABC):
-    """A method that turns one linear layer's weight into integer codes."""
+class Method(abc.ABC):
+    """What all methods have: a name, what they need, and their options."""
 
-    family: ClassVar[str] = "quantize"
+    family: ClassVar[Literal["transform", "quantize", "tune"]]
+    """Its place in a recipe: transforms, then one quantizer, then tuners."""
     name: ClassVar[str]
     needs: ClassVar[Needs]
+    options: Options
+
+    @abc.abstractmethod
+    def __init__(self, options: Any) -> None:
+        """A method with checked options."""
+
+    @classmethod
+    @abc.abstractmethod
+    def options_class(cls) -> type[Options]:
+        """The class that a stage of a recipe is checked by."""
+
+
+class WeightMethod(Method):
+    """A method that decides the codes of all linear layers: a Quantizer or a BlockQuantizer."""
+
+    family = "quantize"
     Options: ClassVar[type[QuantizeOptions]]
+    options: QuantizeOptions
 
     def __init__(self, options: QuantizeOptions) -> None:
         self.options = options
 
+    @classmethod
+    def options_class(cls) -> type[QuantizeOptions]:
+        return cls.Options
+
+
+class Quantizer(WeightMethod):
+    """A method that turns one linear layer's weight into codes."""
+
     @abc.abstractmethod
-    def quantize(self, weight: Tensor, form: Integer, hessian: Tensor | None) -> Codes:
-        """Codes of a float32 weight [out, in] on the grid of `form`; `hessian` [in, in] if the method needs it."""
+    def quantize(self, weight: Tensor, form: Format, hessian: Tensor | None, gradient: Tensor | None = None) -> Codes:
+        """Codes of a float32 weight [out, in] that `form` can store.
+
+        `hessian` [in, in] and `gradient` [out, in] (mean squared gradient) are given if the method needs them. Layers
+        that share their inputs and their format come as one weight, their rows one after another.
+        """
+
+
+class BlockQuantizer(WeightMethod):
+    """A method that sees a whole block: it may fold scales through it and learn against the original's outputs."""
+
+    needs = Needs.BLOCK
+
+    @abc.abstractmethod
+    def compress(self, view: BlockView) -> None:
+        """Decide every linear layer of `view.block` with `view.put`; see BlockView for what else it may change."""
+
+    def peak_bytes(self, config: ModelConfig, index: int, sequences: int, length: int) -> int:
+        """Memory that `compress` takes for block `index` besides block, x and target; the plan adds it.
+
+        Here for a method that learns every weight with Adam on a few sequences at a time: override it otherwise.
+        """
+        layer = config.layers[index]
+        weights = sum(rows * columns for rows, columns in layer.linear_shapes(config.hidden_size).values())
+        activations = 12 * max(2048, length) * (layer.ffn_width + layer.q_size + config.hidden_size)
+        return 4 * (5 * weights + activations)
+
+
+class _StageMethod(Method):
+    """A method before or after quantization, whose options are its own."""
+
+    Options: ClassVar[type[BaseModel]]
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+
+    @classmethod
+    def options_class(cls) -> type[Any]:
+        return cls.Options
+
+
+class Transform(_StageMethod):
+    """A stage before quantization: another checkpoint of the same function, read lazily through the given one."""
+
+    family = "transform"
+    needs = Needs.NOTHING
+
+    @abc.abstractmethod
+    def apply(self, checkpoint: Checkpoint) -> Checkpoint:
+        """A view of the checkpoint with other weights, and another config where it must be; loads no more than asked.
+
+        Its tensors must be the same whenever they are read.
+        """
+
+
+class Tuner(_StageMethod):
+    """A stage after quantization: trains over the finished model against the original's logits."""
+
+    family = "tune"
+    needs = Needs.MODEL
+    latent: ClassVar[bool] = False
+    """True: the weights themselves are trained, by a straight-through estimator, and rounded again at the end."""
+
+    @abc.abstractmethod
+    def tune(self, model: TunedModel) -> None:
+        """Train what `model.trainable(...)` gives; what the model holds at the return is what is stored.
+
+        May call `model.save` now and then, and begins with `model.restore`, so that a killed run goes on from there.
+        """
+
+    def peak_bytes(self, config: ModelConfig, sequences: int, length: int) -> int:
+        """Memory that `tune` takes besides the model's codes and scales: what it trains, its optimizer, a batch.
+
+        Here for Adam over all scales in groups of 64 (or over all weights, if `latent`) and one sequence at a time.
+        """
+        weights = sum(
+            rows * columns
+            for layer in config.layers
+            for rows, columns in layer.linear_shapes(config.hidden_size).values()
+        )
+        trained = 16 * weights if self.latent else 16 * weights // 32
+        logits = 6 * 4 * length * config.vocab_size
+        widest = max(layer.ffn_width + layer.q_size for layer in config.layers) + config.hidden_size
+        stream = 4 * length * (12 * widest + config.num_layers * config.hidden_size)
+        return trained + logits + stream

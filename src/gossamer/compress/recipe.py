@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import RecipeError, UnknownName, did_you_mean
-from .method import Needs, QuantizeOptions, Quantizer
+from .method import Method, Needs, Transform, Tuner, WeightMethod
 from .registry import METHODS, method_class
 
 MAX_BYTES = 1 << 16
@@ -61,12 +61,24 @@ class Recipe(BaseModel):
     calibration: CalibrationSpec = Field(default_factory=lambda: CalibrationSpec.model_validate({}))
     stages: tuple[dict[str, Any], ...] = Field(min_length=1)
 
-    def methods(self) -> list[Quantizer]:
+    def methods(self) -> list[Method]:
         """One method per stage, options validated. Raises RecipeError naming the stage and key."""
         return [_method(i, stage) for i, stage in enumerate(self.stages)]
 
+    def transforms(self) -> list[Transform]:
+        """The stages before quantization."""
+        return [m for m in self.methods() if isinstance(m, Transform)]
+
+    def quantizer(self) -> WeightMethod:
+        """The stage that quantizes."""
+        return next(m for m in self.methods() if isinstance(m, WeightMethod))
+
+    def tuners(self) -> list[Tuner]:
+        """The stages after quantization."""
+        return [m for m in self.methods() if isinstance(m, Tuner)]
+
     def needs_calibration(self) -> bool:
-        return any(m.needs is not Needs.NOTHING for m in self.methods())
+        return any(m.needs is not Needs.NOTHING for m in self.methods()) or self.quantizer().options.budget is not None
 
     def canonical(self) -> dict[str, Any]:
         """The recipe with every default written out: equal dictionaries make equal artifacts from equal tokens.
@@ -165,18 +177,40 @@ def parse_recipe(data: Any, where: str) -> Recipe:
     except ValidationError as e:
         raise _readable(e, where, Recipe) from e
     try:
-        methods = recipe.methods()
+        _check_order(recipe.methods())
     except RecipeError as e:
         raise RecipeError(f"{where}: {e.message}", hint=e.hint) from e
-    if len(methods) > 1:
-        raise RecipeError(
-            f"{where}: stages 1 ({methods[0].name}) and 2 ({methods[1].name}) both quantize the same weights",
-            hint="keep one quantization stage",
-        )
     return recipe
 
 
-def _method(index: int, stage: Mapping[str, Any]) -> Quantizer:
+def _check_order(methods: list[Method]) -> None:
+    """Raises RecipeError unless the stages are transforms, then one that quantizes, then tuners; with the reason."""
+    named = [f"{i + 1} ({m.name})" for i, m in enumerate(methods)]
+    quantizing = [i for i, m in enumerate(methods) if isinstance(m, WeightMethod)]
+    if not quantizing:
+        names = ", ".join(sorted(name for name, cls in METHODS.items() if issubclass(cls, WeightMethod)))
+        raise RecipeError(f"no stage quantizes: stage {named[0]} only prepares or trains", hint=f"add one of {names}")
+    if len(quantizing) > 1:
+        first, second = quantizing[:2]
+        raise RecipeError(
+            f"stages {named[first]} and {named[second]} both quantize the same weights",
+            hint="keep one quantization stage",
+        )
+    (at,) = quantizing
+    for i, method in enumerate(methods):
+        if isinstance(method, Transform) and i > at:
+            raise RecipeError(
+                f"stage {named[i]} changes float weights, but stage {named[at]} has quantized them before it",
+                hint=f"put {method.name} before {methods[at].name}",
+            )
+        if isinstance(method, Tuner) and i < at:
+            raise RecipeError(
+                f"stage {named[i]} trains a quantized model, but nothing is quantized before stage {named[at]}",
+                hint=f"put {method.name} after {methods[at].name}",
+            )
+
+
+def _method(index: int, stage: Mapping[str, Any]) -> Method:
     where = f"stage {index + 1}"
     options = dict(stage)
     name = options.pop("method", None)
@@ -187,21 +221,10 @@ def _method(index: int, stage: Mapping[str, Any]) -> Quantizer:
     except UnknownName as e:
         raise RecipeError(f"{where}: {e.message}", hint=e.hint) from e
     try:
-        checked = cls.Options.model_validate(options)
+        checked = cls.options_class().model_validate(options)
     except ValidationError as e:
-        raise _readable(e, f"{where} ({name})", cls.Options) from e
-    _check_bits(where, checked)
+        raise _readable(e, f"{where} ({name})", cls.options_class()) from e
     return cls(checked)
-
-
-def _check_bits(where: str, options: QuantizeOptions) -> None:
-    for label, grid in (("", options), ("embedding.", options.embedding), ("head.", options.head)):
-        if grid is not None and grid.bits not in (2, 3, 4, 8):
-            raise RecipeError(f"{where}: {label}bits is {grid.bits}", hint="2, 3, 4 or 8")
-        if grid is not None and isinstance(grid.group_size, int) and grid.group_size < 1:
-            raise RecipeError(
-                f"{where}: {label}group_size is {grid.group_size}", hint="a positive number, channel or auto"
-            )
 
 
 def _readable(error: ValidationError, where: str, model: type[BaseModel]) -> RecipeError:
@@ -214,6 +237,9 @@ def _readable(error: ValidationError, where: str, model: type[BaseModel]) -> Rec
         return RecipeError(
             f"{where}: unknown key {_short(key)}", hint=did_you_mean(str(first["loc"][-1]), parent.model_fields)
         )
+    if first["type"] == "value_error":  # a validator's own words: what is wrong, and what would be right
+        message, _, hint = str(first["ctx"]["error"]).partition(": ")
+        return RecipeError(": ".join(filter(None, (where, key, message))), hint=hint or None)
     return RecipeError(f"{where}: {key}: {first['msg'].lower()} (got {_short(first['input'])})")
 
 

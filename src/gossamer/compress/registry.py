@@ -1,16 +1,44 @@
-"""Every compression method by name."""
+"""Every compression method by name: one row each."""
 
 from __future__ import annotations
 
 from ..errors import UnknownName
-from .method import Quantizer
+from .method import Method
+from .quantize.awq import AWQ
+from .quantize.efficientqat import EfficientQAT
 from .quantize.gptq import GPTQ
+from .quantize.hqq import HQQ
+from .quantize.llm_int8 import LLMInt8
+from .quantize.omniquant import OmniQuant
+from .quantize.rotate import Rotate
 from .quantize.rtn import RTN
+from .quantize.signround import SignRound
+from .quantize.smoothquant import SmoothQuant
+from .quantize.squeezellm import SqueezeLLM
+from .tune.qat import QAT
+from .tune.qlora import QLoRA
+from .tune.scales import Scales
 
-METHODS: dict[str, type[Quantizer]] = {m.name: m for m in (RTN, GPTQ)}
+_ROWS: tuple[type[Method], ...] = (
+    Rotate,
+    RTN,
+    HQQ,
+    GPTQ,
+    AWQ,
+    SmoothQuant,
+    LLMInt8,
+    SqueezeLLM,
+    OmniQuant,
+    SignRound,
+    EfficientQAT,
+    Scales,
+    QAT,
+    QLoRA,
+)
+METHODS: dict[str, type[Method]] = {m.name: m for m in _ROWS}
 
 
-def method_class(name: str) -> type[Quantizer]:
+def method_class(name: str) -> type[Method]:
     """The method of this name. Raises UnknownName with the nearest ones."""
     if name not in METHODS:
         raise UnknownName("method", name, METHODS)

@@ -19,6 +19,8 @@ Compress = Callable[[tuple[str, ...], Tensor | None], None]
 
 TOKENS_AT_ONCE = 2048
 """Bounds the temporary memory of a step, whatever the number of calibration sequences."""
+POSITIONS_AT_ONCE = 256
+"""Positions whose logits are in memory at a time, where a loss is computed."""
 PANEL = 256
 """Rows of the Hessian summed at a time."""
 
@@ -28,7 +30,7 @@ def walk(block: Block, x: Tensor, rotation: Rotation, compress: Compress) -> Non
 
     The block is used up: its float weights go as soon as they have served.
     """
-    chunks = list(_chunks(x))
+    chunks = list(slices(x))
     compress(("q", "k", "v"), hessian(block.attn_norm(x[c]) for c in chunks))
     mixed = _fill(x, block.layer.q_size, chunks, lambda c: block.mix(block.attn_norm(x[c]), rotation))
     compress(("o",), hessian(mixed[c] for c in chunks))
@@ -45,7 +47,7 @@ def walk(block: Block, x: Tensor, rotation: Rotation, compress: Compress) -> Non
 
 def advance(block: Block, x: Tensor, rotation: Rotation) -> None:
     """Carry the residual stream through a block that is compressed already, by the same arithmetic as `walk`."""
-    for c in _chunks(x):
+    for c in slices(x):
         x[c] += block.linear("o", block.mix(block.attn_norm(x[c]), rotation))
         x[c] += block.linear("down", block.gated(block.ffn_norm(x[c])))
 
@@ -77,7 +79,8 @@ def _fill(x: Tensor, width: int, chunks: list[slice], compute: Callable[[slice],
     return out
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
+def slices(x: Tensor) -> Iterator[slice]:
+    """Of x [sequences, time, ...], a few sequences at a time."""
     step = max(1, TOKENS_AT_ONCE // x.shape[1])
     for start in range(0, x.shape[0], step):
         yield slice(start, min(start + step, x.shape[0]))

@@ -32,8 +32,8 @@ Ints: TypeAlias = NDArray[np.int32]
 
 BLOCK_SIZE = 16
 """Tokens whose keys and values lie in one block of the KV cache."""
-KV_ITEM_BYTES = {"auto": 2.0, "bf16": 2.0}
-"""Bytes of a number in the KV cache of the cpu backend, by the name of its dtype; others are taken for float32."""
+KV_DTYPES = ("bf16", "fp32", "int8", "int4")
+"""What the cpu backend can store keys and values as; the first is its choice."""
 
 logger = logging.getLogger("gossamer.engine")
 
@@ -214,7 +214,23 @@ def kv_bytes_per_token(
 ) -> float:
     """Bytes of KV cache for each token in the backend that `choose` would take; never less than it takes."""
     cpu = resolve(checkpoint, backend, weights, kv_cache=kv_cache)[0] == "cpu"
-    return checkpoint.config.kv_elements_per_token() * (KV_ITEM_BYTES.get(kv_cache, 4.0) if cpu else 4.0)
+    layers = checkpoint.config.layers
+    dtype = kv_cache if cpu else "fp32"
+    return float(sum(layer.num_kv_heads * kv_head_bytes(dtype, layer.head_dim) for layer in layers))
+
+
+def kv_head_bytes(dtype: str, head_dim: int) -> int:
+    """Bytes of key and value of one token and head: an int8 one has a float32 scale for each of the two; an int4 one
+    bfloat16 scale and least value for each of the two and 64 columns, and its value takes whole runs of 32 columns.
+    """
+    match dtype:
+        case "fp32":
+            return 8 * head_dim
+        case "int8":
+            return 2 * (head_dim + 4)
+        case "int4":
+            return head_dim // 2 + 16 * -(-head_dim // 32) + 8 * -(-head_dim // 64)
+    return 4 * head_dim
 
 
 def blocks_for(tokens: int) -> int:

@@ -1,19 +1,28 @@
 """How a weight is stored: one file per format, and the layout of a whole model folder."""
 
 from .base import Format, Tensors
+from .codebook import Codebook
+from .codes import Codes, Outliers
 from .dense import Dense
-from .integer import Codes, Integer, nearest_group_size
-from .layout import Kind, Layout, layout_from_quantization_config, quantization_config
+from .integer import Integer, nearest_group_size
+from .kmeans import KMeans
+from .layout import Kind, Layout, layout_from_quantization_config, only_ours, quantization_config
+from .own_layout import OWN_METHOD
 
 __all__ = [
+    "OWN_METHOD",
+    "Codebook",
     "Codes",
     "Dense",
     "Format",
     "Integer",
+    "KMeans",
     "Kind",
     "Layout",
+    "Outliers",
     "Tensors",
     "layout_from_quantization_config",
     "nearest_group_size",
+    "only_ours",
     "quantization_config",
 ]

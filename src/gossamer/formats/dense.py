@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import KernelError
-from .base import Format, Tensors
+from .base import Format, Stored, Tensors
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -18,15 +18,14 @@ class Dense(Format):
 
     dtype: torch.dtype = torch.bfloat16
 
+    group_size = None
+
     @property
     def name(self) -> str:
         return _NAMES[self.dtype]
 
-    def stored(self, shape: tuple[int, ...]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def stored(self, shape: tuple[int, ...]) -> Stored:
         return {"weight": (self.dtype, shape)}
-
-    def pack(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"weight": weight.to(self.dtype).contiguous()}
 
     def unpack(self, tensors: Tensors, rows: slice | None = None) -> torch.Tensor:
         weight = tensors["weight"]

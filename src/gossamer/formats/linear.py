@@ -1,21 +1,89 @@
-"""Layers that multiply by a weight as it is stored: packed integers or bfloat16, activations and results in float32.
+"""Layers that multiply by a weight as it is stored: packed integers, indices into levels or bfloat16; all else float32.
 
 They take the places of `nn.Linear` and `nn.Embedding` in a decoder. Knows kernels by name; knows no file and no model.
 """
 
 from __future__ import annotations
 
+import abc
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import KernelError
 from ..kernels import dispatch
-from .base import Tensors
+from .base import SHAPE, Format, Tensors, check_tensors
+from .codebook import Codebook
+from .codes import Outliers
 from .integer import Integer
+from .kmeans import KMeans
+from .outliers import COLUMNS, POINTERS, VALUES, pack_outliers, unpack_outliers
 
 
-class PackedLinear(nn.Module):
-    """x [..., in] times the transpose of an integer weight [out, in] that stays packed."""
+def stored_linear(form: Format, tensors: Tensors, bias: Tensor | None = None) -> StoredLinear:
+    """The layer that multiplies by a weight of this format, which is not dense. Raises KernelError on bad tensors."""
+    if isinstance(form, Integer):
+        return PackedLinear(form, tensors, bias)
+    assert isinstance(form, Codebook | KMeans)
+    return TableLinear(form, tensors, bias)
+
+
+class StoredLinear(nn.Module, abc.ABC):
+    """x [..., in] times the transpose of a weight [out, in] that stays packed, plus its outliers and its bias."""
+
+    bias: Tensor | None
+    """float32 [out], or None."""
+    outlier_pointers: Tensor | None
+    """int32 [out + 1], or None if no weight is kept beside the packed ones; then the other two are None, too."""
+    outlier_columns: Tensor | None
+    """int16 or int32 [n]"""
+    outlier_values: Tensor | None
+    """bfloat16 [n]"""
+    in_features: int
+    out_features: int
+
+    def _hold(self, outliers: Outliers | None, bias: Tensor | None) -> None:
+        found = {} if outliers is None else pack_outliers(outliers, (self.out_features, self.in_features))
+        for name in (POINTERS, COLUMNS, VALUES):
+            self.register_buffer(name, found.get(name))
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [..., in] to float32 [..., out]."""
+        flat = x.reshape(-1, self.in_features).contiguous()
+        y = self._multiply(flat)
+        if self.outlier_pointers is not None:
+            assert self.outlier_columns is not None
+            assert self.outlier_values is not None
+            y = y + dispatch.linear_sparse(flat, self.outlier_pointers, self.outlier_columns, self.outlier_values)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def rows(self, index: Tensor) -> Tensor:
+        """float32 [count, in]: these rows, int64 [count], of the weight."""
+        found = self._rows(index)
+        if self.outlier_pointers is not None:
+            assert self.outlier_columns is not None
+            assert self.outlier_values is not None
+            first = self.outlier_pointers[index].long()
+            counts = self.outlier_pointers[index + 1].long() - first
+            row = torch.repeat_interleave(torch.arange(len(index)), counts)
+            entry = torch.arange(len(row)) + (first - counts.cumsum(0) + counts)[row]
+            places = (row, self.outlier_columns[entry].long())
+            found.index_put_(places, self.outlier_values[entry].float(), accumulate=True)
+        return found
+
+    @abc.abstractmethod
+    def _multiply(self, x: Tensor) -> Tensor:
+        """float32 [tokens, in] to float32 [tokens, out], by the packed weight alone."""
+
+    @abc.abstractmethod
+    def _rows(self, index: Tensor) -> Tensor:
+        """float32 [count, in]: these rows of the packed weight alone."""
+
+
+class PackedLinear(StoredLinear):
+    """Multiplies by integers."""
 
     packed: Tensor
     """int32 [out, words], as `weight_packed` is stored."""
@@ -23,12 +91,11 @@ class PackedLinear(nn.Module):
     """float32 [out, groups]."""
     zero: Tensor | None
     """int8 [out, groups], or None if symmetric."""
-    bias: Tensor | None
-    """float32 [out], or None."""
 
     def __init__(self, form: Integer, tensors: Tensors, bias: Tensor | None = None) -> None:
         super().__init__()
-        out, columns = _checked_shape(form, tensors)
+        out, columns = (int(n) for n in tensors[SHAPE])
+        check_tensors(form, tensors, (out, columns))
         zero = None
         if not form.symmetric:
             words = tensors["weight_zero_point"].T.contiguous()
@@ -38,14 +105,43 @@ class PackedLinear(nn.Module):
         self.register_buffer("packed", tensors["weight_packed"].contiguous())
         self.register_buffer("scale", tensors["weight_scale"].float().contiguous())
         self.register_buffer("zero", zero)
-        self.register_buffer("bias", bias)
+        self._hold(unpack_outliers(tensors, (out, columns)) if form.outliers else None, bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 [..., in] to float32 [..., out]."""
-        flat = x.reshape(-1, self.in_features).contiguous()
-        y = dispatch.linear_packed(flat, self.packed, self.scale, self.zero, self.bits, self.group_size)
-        y = y.view(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+    def _multiply(self, x: Tensor) -> Tensor:
+        return dispatch.linear_packed(x, self.packed, self.scale, self.zero, self.bits, self.group_size)
+
+    def _rows(self, index: Tensor) -> Tensor:
+        zero = None if self.zero is None else self.zero[index]
+        return dispatch.dequantize(self.packed[index], self.scale[index], zero, self.bits, self.group_size)
+
+
+class TableLinear(StoredLinear):
+    """Multiplies by what indices into levels stand for."""
+
+    packed: Tensor
+    """int32 [out, words]: indices as dense little-endian bits."""
+    levels: Tensor
+    """float32 [2^bits] of all rows, or [out, 2^bits]."""
+    scale: Tensor
+    """float32 [out, groups]."""
+
+    def __init__(self, form: Codebook | KMeans, tensors: Tensors, bias: Tensor | None = None) -> None:
+        super().__init__()
+        codes = form.codes(tensors)
+        assert codes.levels is not None
+        self.bits, (self.out_features, self.in_features) = form.bits, codes.codes.shape
+        signed = (codes.codes.short() - (1 << form.bits - 1)).to(torch.int8)  # packing adds the half again
+        self.register_buffer("packed", dispatch.pack_codes(signed, form.bits))
+        self.register_buffer("levels", codes.levels)
+        self.register_buffer("scale", codes.scale.contiguous())
+        self._hold(codes.outliers, bias)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return dispatch.linear_table(x, self.packed, self.levels, self.scale, self.bits)
+
+    def _rows(self, index: Tensor) -> Tensor:
+        levels = self.levels if self.levels.ndim == 1 else self.levels[index]
+        return dispatch.look_up(self.packed[index], levels, self.scale[index], self.bits, self.in_features)
 
 
 class DenseLinear(nn.Module):
@@ -67,18 +163,15 @@ class DenseLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """Rows of a packed weight, dequantized as they are looked up; a tied head is the same PackedLinear."""
+    """Rows of a packed weight, dequantized as they are looked up; a tied head is the same layer."""
 
-    def __init__(self, table: PackedLinear) -> None:
+    def __init__(self, table: StoredLinear) -> None:
         super().__init__()
         self.table = table
 
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [...] to float32 [..., columns]."""
-        table, flat = self.table, tokens.reshape(-1)
-        zero = None if table.zero is None else table.zero[flat]
-        rows = dispatch.dequantize(table.packed[flat], table.scale[flat], zero, table.bits, table.group_size)
-        return rows.view(*tokens.shape, table.in_features)
+        return self.table.rows(tokens.reshape(-1)).view(*tokens.shape, self.table.in_features)
 
 
 class DenseEmbedding(nn.Module):
@@ -93,14 +186,3 @@ class DenseEmbedding(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """int64 [...] to float32 [..., hidden_size]."""
         return F.embedding(tokens, self.weight).float()
-
-
-def _checked_shape(form: Integer, tensors: Tensors) -> tuple[int, int]:
-    """Shape [out, in] of a packed weight, after every stored tensor was found to be as the format says."""
-    out, columns = (int(n) for n in tensors["weight_shape"])
-    for name, (dtype, shape) in form.stored((out, columns)).items():
-        found = tensors.get(name)
-        if found is None or found.dtype != dtype or tuple(found.shape) != shape:
-            arrived = "nothing" if found is None else f"{found.dtype} {tuple(found.shape)}"
-            raise KernelError(f"{form.name}: {name} is {arrived}, expected {dtype} {shape}")
-    return out, columns

@@ -24,6 +24,9 @@ FEW_TOKENS = 32
 """Up to so many tokens the C++ products are quicker. Measured (benchmarks/micro_linear.py): 32 to 64 with AVX-512 and
 16 to 48 with AVX2, the larger numbers for the larger weights."""
 
+SPARSE_AT_ONCE = 1 << 24
+"""Products with weights in sparse rows that are made at a time: bounds their memory."""
+
 
 def isa() -> str:
     """The instruction set of the kernels in use: portable, avx2, avx512; or reference."""
@@ -76,6 +79,67 @@ def linear_dense(x: Tensor, weight: Tensor) -> Tensor:
     if weight.ndim != 2 or not weight.dtype.is_floating_point:
         raise KernelError(f"linear_dense: weight is {weight.dtype} {list(weight.shape)}, expected floats [out, in]")
     return _product(x, weight.float())
+
+
+def look_up(packed: Tensor, levels: Tensor, scale: Tensor, bits: int, columns: int) -> Tensor:
+    """float32 [out, in] = levels[code] * scale; packed int32 [out, words], scale float32 [out, groups].
+
+    levels float32 [2^bits] of all rows, or [out, 2^bits] of each; a code is stored as it is, from 0; 1 to 8 bits.
+    """
+    _check_table(packed, levels, scale, bits, columns)
+    if _reference():
+        return reference.look_up(packed, levels, scale, bits, columns)
+    out, groups = scale.shape
+    index = torch.from_numpy(cpu.unpack_codes(_array("packed", packed), bits, columns)).int().add_(1 << bits - 1)
+    if levels.ndim == 2:
+        index += torch.arange(out, dtype=torch.int32).unsqueeze(1) * levels.shape[1]
+    values = levels.flatten().index_select(0, index.flatten()).view(out, groups, columns // groups)
+    return values.mul_(scale.unsqueeze(-1)).view(out, columns)
+
+
+def linear_table(x: Tensor, packed: Tensor, levels: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """float32 [tokens, out] = x float32 [tokens, in] times the transpose of levels[code] * scale [out, in].
+
+    The weight is as for look_up, and is made float whatever the number of tokens: no kernel multiplies by it directly.
+    """
+    if x.ndim != 2:
+        raise KernelError(f"x is {x.dtype} {list(x.shape)}, expected torch.float32 [any, any]")
+    if _reference():
+        _check_table(packed, levels, scale, bits, x.shape[1])
+        return reference.linear_table(x, packed, levels, scale, bits)
+    return _product(x, look_up(packed, levels, scale, bits, x.shape[1]))
+
+
+def linear_sparse(x: Tensor, pointers: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """float32 [tokens, out] = x float32 [tokens, in] times the transpose of a weight in compressed sparse rows.
+
+    pointers int32 [out + 1]; columns and values [n]. In torch, a few tokens at a time.
+    """
+    if x.ndim != 2 or pointers.ndim != 1 or columns.shape != values.shape or int(pointers[-1]) != len(columns):
+        shapes = ", ".join(str(list(t.shape)) for t in (x, pointers, columns, values))
+        raise KernelError(f"x, pointers, columns and values are {shapes}: no sparse weight to multiply by")
+    step = max(1, SPARSE_AT_ONCE // max(1, len(values)))
+    return torch.cat([reference.linear_sparse(part, pointers, columns, values) for part in torch.split(x, step)])
+
+
+def _check_table(packed: Tensor, levels: Tensor, scale: Tensor, bits: int, columns: int) -> None:
+    """Refuse tensors that do not describe one weight [out, columns]."""
+    out = len(packed)
+    fits = (
+        1 <= bits <= 8
+        and packed.dtype == torch.int32
+        and tuple(packed.shape) == (out, cpu.words(columns, bits))
+        and tuple(levels.shape) in ((2**bits,), (out, 2**bits))
+        and scale.ndim == 2
+        and len(scale) == out
+        and scale.shape[1] > 0
+        and columns % scale.shape[1] == 0
+        and levels.dtype == scale.dtype == torch.float32
+    )
+    if not fits:
+        tensors = zip(("packed", "levels", "scale"), (packed, levels, scale), strict=True)
+        found = ", ".join(f"{name} {t.dtype} {list(t.shape)}" for name, t in tensors)
+        raise KernelError(f"{found} are no weight of {columns} columns in codes of {bits} bits")
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:

@@ -48,3 +48,26 @@ def linear_packed(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None,
 def linear_dense(x: Tensor, weight: Tensor) -> Tensor:
     """float32 [tokens, out] from x float32 [tokens, in] and a weight [out, in] of any float dtype."""
     return x @ weight.float().T
+
+
+def look_up(packed: Tensor, levels: Tensor, scale: Tensor, bits: int, columns: int) -> Tensor:
+    """float32 [out, in] = levels[code] * scale; packed [out, words], scale [out, groups].
+
+    levels float32 [2^bits] of all rows, or [out, 2^bits]; a code is stored as it is, from 0.
+    """
+    out, groups = scale.shape
+    codes = unpack_codes(packed, bits, columns).long() + 2 ** (bits - 1)
+    values = levels[codes] if levels.ndim == 1 else levels.gather(1, codes)
+    return (values.view(out, groups, columns // groups) * scale.unsqueeze(-1)).view(out, columns)
+
+
+def linear_table(x: Tensor, packed: Tensor, levels: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """float32 [tokens, out] from x float32 [tokens, in]; the weight is as for look_up."""
+    return x @ look_up(packed, levels, scale, bits, x.shape[1]).T
+
+
+def linear_sparse(x: Tensor, pointers: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """float32 [tokens, out] from x [tokens, in] and the sparse rows of a weight: pointers [out + 1], the others [n]."""
+    rows = torch.repeat_interleave(torch.arange(len(pointers) - 1), pointers.diff())
+    y = torch.zeros(len(x), len(pointers) - 1)
+    return y.index_add_(1, rows, x[:, columns.long()] * values.float())

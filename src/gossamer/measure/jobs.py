@@ -43,6 +43,7 @@ def evaluate_models(
     weights: Weights,
     backend: BackendName = "auto",
     activations: Activations = "auto",
+    kv_cache: str = "auto",
 ) -> list[dict[str, Any]]:
     """Judge models that share one tokenization (all of them the reference's, or a single model's own), side by side.
 
@@ -53,7 +54,8 @@ def evaluate_models(
     text, windows = load_corpus(corpus), WindowPlan(**plan)
     if text.sha256 != corpus_sha256:
         raise MeasureError(f"{corpus} changed while it was being measured on")
-    judge = _Judge(channel, text, windows, tokens, partial(_load, channel, backend, weights), activations)
+    load = partial(_load, channel, backend, weights)
+    judge = _Judge(channel, text, windows, tokens, load, activations, kv_cache)
     try:
         anchor = None if reference is None else judge.load_reference(reference)
     except GossamerError as error:
@@ -88,6 +90,7 @@ def bench_model(
     weights: Weights,
     backend: BackendName = "auto",
     activations: Activations = "auto",
+    kv_cache: str = "auto",
 ) -> Iterator[dict[str, Any] | None]:
     """Load a model, then one run for each value asked for (warm-up runs first), then the results as the last value.
 
@@ -108,7 +111,7 @@ def bench_model(
     del tokenizer  # the engine makes its own, in the place of this one
     began = time.perf_counter()
     progress = loading(channel, checkpoint)
-    llm = LLM(checkpoint, weights, backend=backend, activations=activations, progress=progress)
+    llm = LLM(checkpoint, weights, backend=backend, activations=activations, kv_cache=kv_cache, progress=progress)
     channel.fact("engine", _engine(llm.backend))
     load_s = opening + time.perf_counter() - began
     loaded = read_usage(settle=True).rss
@@ -138,10 +141,15 @@ def loading(channel: Channel, checkpoint: Checkpoint) -> Progress:
 
 
 def _load(
-    channel: Channel, backend: BackendName, weights: Weights, checkpoint: Checkpoint, activations: Activations
+    channel: Channel,
+    backend: BackendName,
+    weights: Weights,
+    checkpoint: Checkpoint,
+    activations: Activations,
+    kv_cache: str,
 ) -> Backend:
     """A checkpoint in a backend. Raises as choose does."""
-    return choose(checkpoint, backend, weights, activations, progress=loading(channel, checkpoint))
+    return choose(checkpoint, backend, weights, activations, kv_cache, loading(channel, checkpoint))
 
 
 def _engine(backend: Backend) -> dict[str, Any]:
@@ -168,11 +176,12 @@ class _Judge:
         corpus: Corpus,
         plan: WindowPlan,
         limit: int | None,
-        load: Callable[[Checkpoint, Activations], Backend],
+        load: Callable[[Checkpoint, Activations, str], Backend],
         activations: Activations,
+        kv_cache: str,
     ) -> None:
         self.channel, self.corpus, self.plan, self.limit = channel, corpus, plan, limit
-        self._load, self._activations = load, activations
+        self._load, self._activations, self._kv_cache = load, activations, kv_cache
         self.ids = torch.empty(0, dtype=torch.int64)
         self.checkpoints: dict[int, Checkpoint] = {}
         self._reference: tuple[Checkpoint, Backend] | None = None
@@ -183,7 +192,8 @@ class _Judge:
             checkpoint = open_checkpoint(name)
             self._tokenize(checkpoint)
             # Most references have no weights that int8 activations could meet.
-            backend = self._load(checkpoint, "auto" if self._activations == "int8" else self._activations)
+            activations: Activations = "auto" if self._activations == "int8" else self._activations
+            backend = self._load(checkpoint, activations, "auto")
         except GossamerError as error:
             raise MeasureError(f"reference {name}: {error.message}", hint=error.hint) from error
         self._reference = checkpoint, backend
@@ -197,7 +207,7 @@ class _Judge:
         return backend
 
     def _checked(self, index: int, name: str) -> Backend:
-        """The model's backend, which is the reference's if the model is the reference."""
+        """The model's backend, which is the reference's if the model is the reference, keys and values included."""
         checkpoint = self.checkpoints[index] = open_checkpoint(name)
         self.channel.fact(f"model {index}", model_block(checkpoint))
         tokenizer = self._tokenize(checkpoint)
@@ -209,9 +219,10 @@ class _Judge:
                     f"{name} knows {checkpoint.config.vocab_size} tokens, the reference {other.config.vocab_size}",
                     hint="divergence compares distributions over one vocabulary: leave --reference away",
                 )
-            if checkpoint.fingerprint() == other.fingerprint():
+            alike = self._kv_cache in ("auto", backend.kv_dtype)
+            if alike and checkpoint.fingerprint() == other.fingerprint():
                 return backend
-        return self._load(checkpoint, self._activations)
+        return self._load(checkpoint, self._activations, self._kv_cache)
 
     def _tokenize(self, checkpoint: Checkpoint) -> Tokenizer:
         """Tokens of the corpus by this model: those of the first stand for all. Raises MeasureError if they differ."""

@@ -40,6 +40,8 @@ class EvalRequest:
     backend: BackendName = "auto"
     activations: Activations = "auto"
     threads: int | None = None
+    kv_cache: str = "auto"
+    """What the models' keys and values are stored as; the reference's are stored as its backend does by itself."""
 
 
 def check_engine(name: str) -> None:
@@ -96,6 +98,7 @@ def _evaluate_together(
             "weights": request.weights,
             "backend": request.backend,
             "activations": request.activations,
+            "kv_cache": request.kv_cache,
         },
         request.threads,
     )
@@ -122,7 +125,13 @@ def _eval_protocol(request: EvalRequest, facts: dict[str, Any]) -> dict[str, Any
         "backend": request.backend,
         "activations": request.activations,
         "threads": _threads(request.threads),
+        **_if_chosen(request.kv_cache),
     }
+
+
+def _if_chosen(kv_cache: str) -> dict[str, str]:
+    """A protocol's entry for the KV cache: absent where the backend chose, as in records older than the choice."""
+    return {} if kv_cache == "auto" else {"kv_cache": kv_cache}
 
 
 def bench_models(
@@ -133,9 +142,10 @@ def bench_models(
     threads: int | None = None,
     backend: BackendName = "auto",
     activations: Activations = "auto",
+    kv_cache: str = "auto",
 ) -> Iterator[Record]:
     """One bench record for each model, in order: loaded one after another, then run in turns."""
-    asked = {"weights": weights, "backend": backend, "activations": activations}
+    asked = {"weights": weights, "backend": backend, "activations": activations, **_if_chosen(kv_cache)}
     protocol = {**asdict(plan), **asked, "threads": _threads(threads)}
     for racer in _race(models, plan, progress, asked, threads):
         alone = racer.crowded_out

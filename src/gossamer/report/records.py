@@ -6,7 +6,7 @@ Does not know how records belong together: see `rows.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
@@ -242,6 +242,11 @@ def _parse(line: bytes, where: str) -> Record:
         ) from error
     if not isinstance(value, dict):
         raise MeasureError(f"{where}: a record is a JSON object, this is a {type(value).__name__}")
+    return as_record(value, where)
+
+
+def as_record(value: Mapping[str, Any], where: str) -> Record:
+    """A record from the JSON object that holds it. Raises MeasureError, `where` in front of what is wrong."""
     schema = value.get("schema")
     if type(schema) is not int or schema != SCHEMA:
         said = "no schema version" if schema is None else f"schema version {schema!r:.40}"

@@ -80,3 +80,26 @@ def test_a_unit_file_that_changed_stops_and_is_named(tmp_path: Path) -> None:
 def test_differences_name_every_place() -> None:
     was, now = {"a": 1, "b": [1, {"c": 2}], "d": 0}, {"a": 1, "b": [1, {"c": 3}], "e": 0}
     assert {p for p, _, _ in differences(was, now)} == {"b[1].c", "d", "e"}
+
+
+def test_a_unit_recorded_again_counts_once_and_its_earlier_file_goes(tmp_path: Path) -> None:
+    journal = finished(tmp_path, 2)
+    for step in (1, 2):
+        file = tmp_path / f"state-{step}"
+        file.write_bytes(bytes(step))
+        journal.add("state", file, {"step": step})
+    assert [p.name for p in sorted(tmp_path.glob("state-*"))] == ["state-2"]
+    again = Journal(tmp_path, HEADER)
+    assert again.done["state"]["notes"] == {"step": 2}
+    (tmp_path / "state-2").write_bytes(b"other")
+    with pytest.raises(ResumeMismatch, match="state-2"):
+        Journal(tmp_path, HEADER)
+
+
+def test_a_kill_before_the_earlier_file_goes_changes_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, HEADER)
+    for step in (1, 2):
+        (tmp_path / f"state-{step}").write_bytes(bytes(step))
+        journal.add("state", tmp_path / f"state-{step}", {"step": step})
+    (tmp_path / "state-1").write_bytes(b"half of it")
+    assert Journal(tmp_path, HEADER).done["state"]["notes"] == {"step": 2}

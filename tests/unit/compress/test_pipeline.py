@@ -18,11 +18,12 @@ import torch
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.atomic import Lock
 from gossamer.checkpoint.load import load_decoder
-from gossamer.compress import journal, pipeline
+from gossamer.compress import assembly, journal, pipeline
 from gossamer.compress.calibration import Calibration, token_hash
 from gossamer.compress.pipeline import Later, compress
 from gossamer.compress.plan import check_fit, make_plan
 from gossamer.compress.recipe import Recipe, parse_recipe
+from gossamer.compress.units import Units
 from gossamer.errors import (
     CompressionError,
     DoesNotFit,
@@ -181,7 +182,7 @@ def test_a_failed_overwrite_keeps_the_old_artifact(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pipeline, "write_weights", full)
+    monkeypatch.setattr(assembly, "write_weights", full)
     with pytest.raises(DoesNotFit):
         compress(open_checkpoint(model), recipe("rtn", bits=3), out, overwrite=True)
     assert digest(out) == before
@@ -192,14 +193,14 @@ def test_an_artifact_keeps_its_name_until_its_replacement_is_whole(
 ) -> None:
     out = tmp_path / "out"
     compress(open_checkpoint(model), recipe("rtn"), out)
-    before, write = digest(out), pipeline.write_weights
+    before, write = digest(out), assembly.write_weights
     seen = []
 
     def look(*arguments: Any) -> Any:
         seen.append(digest(out))
         return write(*arguments)
 
-    monkeypatch.setattr(pipeline, "write_weights", look)
+    monkeypatch.setattr(assembly, "write_weights", look)
     compress(open_checkpoint(model), recipe("rtn", bits=3), out, overwrite=True)
     assert seen == [before]
     assert digest(out) != before
@@ -334,7 +335,7 @@ def test_every_block_boundary_resumes_to_the_same_bytes(
     """Stops after each unit in turn; at most the block in work is done again."""
     options = {"method": method, "embedding": {"bits": 8, "group_size": 32}}
     compress(open_checkpoint(model), recipe(**options), tmp_path / "whole", calibration())
-    write = pipeline._Run._write
+    write = Units.write
 
     class Stopped(Exception):
         pass
@@ -343,11 +344,11 @@ def test_every_block_boundary_resumes_to_the_same_bytes(
         write(self, *args)
         raise Stopped
 
-    monkeypatch.setattr(pipeline._Run, "_write", write_and_stop)
+    monkeypatch.setattr(Units, "write", write_and_stop)
     for _ in range(5):
         with pytest.raises(Stopped):
             compress(open_checkpoint(model), recipe(**options), tmp_path / "out", calibration())
-    monkeypatch.setattr(pipeline._Run, "_write", write)
+    monkeypatch.setattr(Units, "write", write)
     result = compress(open_checkpoint(model), recipe(**options), tmp_path / "out", calibration())
     assert result.resumed == 5
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")

@@ -40,7 +40,7 @@ def nearest_by_search(weight: np.ndarray, scale: np.ndarray, zero: np.ndarray, b
 
 
 @given(
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
     group_size=st.sampled_from([8, 16, None]),
     symmetric=st.booleans(),
     clip=st.sampled_from(["none", "mse"]),

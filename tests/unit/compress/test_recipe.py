@@ -40,7 +40,15 @@ def test_canonical_form_is_a_recipe_that_means_the_same() -> None:
         (recipe(embedding={"bits": 8, "groupsize": 64}), "unknown key 'embedding.groupsize'", "group_size"),
         ({**recipe(), "stage": []}, "unknown key 'stage'", "stages"),
         ({"version": 1, "name": "r", "stages": [{"method": "gptqq"}]}, "stage 1: unknown method 'gptqq'", "gptq"),
-        (recipe(bits=5), "bits is 5", "2, 3, 4 or 8"),
+        (recipe(bits=7), "bits is 7", "2, 3, 4, 5, 6 or 8"),
+        (recipe(head={"bits": 7}), "stage 1 (gptq): head: bits is 7", "5, 6 or 8"),
+        (recipe(format="nf5"), "format: input should be 'int', 'nf4'", None),
+        (recipe(format="mxfp4", group_size=64), "mxfp4 has group_size 32, not 64", None),
+        (recipe(format="fp8", bits=4), "fp8 has bits 8, not 4", None),
+        (recipe(double_quant=True), "double_quant is for nf4 and fp4, not for int", None),
+        (recipe(layers={"down": {"bitz": 8}}), "unknown key 'layers.down.bitz'", "bits"),
+        (recipe(layers={"down": {"bits": 7}}), "layers.down: bits is 7", None),
+        (recipe(layers=[1]), "layers", None),
         (recipe(bits=99), "bits", None),
         (recipe(bits="4"), "bits", None),
         (recipe(group_size="row"), "group_size", None),
@@ -185,3 +193,20 @@ def test_canonical_form_names_no_folder_of_the_machine(source: str, written: str
     assert first.canonical()["calibration"]["source"] == written
     assert first.calibration.source == source  # still opens the file
     assert parse_recipe(first.canonical(), "test").canonical() == first.canonical()
+
+
+def test_a_layers_own_grid_takes_the_keys_that_it_does_not_give_from_the_stage() -> None:
+    stage = {"bits": 3, "group_size": 32, "symmetric": False, "layers": {"down": {"bits": 6}, "o": {"format": "nf4"}}}
+    options = parse_recipe(recipe(**stage), "test").quantizer().options
+    down, o = options.layers["down"], options.layers["o"]
+    assert (down.bits, down.group_size, down.symmetric) == (6, 32, False)
+    assert (o.format, o.bits, o.group_size, o.symmetric) == ("nf4", 4, 64, True)
+    assert parse_recipe(parse_recipe(recipe(**stage), "test").canonical(), "test").quantizer().options == options
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "group_size"), [("mxfp4", 4, 32), ("nvfp4", 4, 16), ("fp8", 8, "channel"), ("nf4", 4, 64)]
+)
+def test_a_codebook_decides_its_own_bits_and_groups(kind: str, bits: int, group_size: object) -> None:
+    options = parse_recipe(recipe(format=kind), "test").quantizer().options
+    assert (options.bits, options.group_size) == (bits, group_size)

@@ -1,7 +1,8 @@
 """The C++ executor as a whole against the Decoder, on every instruction set: random steps of random ragged models.
 
 Bounds are relative to the spread of the logits. With a float32 cache and exact activations only the order of sums
-differs. bfloat16 keeps 8 bits of keys and values, int8 7 bits of the largest in a head; int8 activations 7 of a block.
+differs. bfloat16 keeps 8 bits of keys and values, int8 7 bits of the largest in a head, int4 16 steps from least to
+largest; int8 activations 7 bits of a block.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from safetensors.torch import load_file, save_file
 from engine_batches import NUM_BLOCKS, RAGGED, check, random_steps
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.load import load_decoder
-from gossamer.engine.backend import Batch, blocks_for
+from gossamer.engine.backend import BLOCK_SIZE, KV_DTYPES, Batch, blocks_for, kv_bytes_per_token
 from gossamer.engine.cpu import CpuBackend
 from gossamer.errors import EngineError
-from gossamer.model.decoder import Decoder
+from gossamer.model.decoder import Block, Decoder
+from kv_codes import stored
 
 SEEDS = range(3)
 WIDE = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 70}
@@ -50,6 +52,30 @@ def test_random_steps(isa, folder, oracle, kv_dtype, tolerance, threads) -> None
     backend = CpuBackend(open_checkpoint(folder), activations="exact", kv_dtype=kv_dtype, threads=threads)
     for seed in SEEDS:
         check(backend, oracle, random_steps(backend.config, seed), tolerance)
+
+
+def held(x: torch.Tensor) -> torch.Tensor:
+    """What an int4 cache holds of keys or values [batch, time, heads, head_dim]."""
+    return stored(x.reshape(-1, x.shape[-1]))[0].float().view(x.shape)
+
+
+def attend_to_codes(self, q, k, v, rotation, cache):
+    """Block.attend with keys and values as an int4 cache holds them."""
+    c, by_head = self.layer, (*q.shape[:2], -1, self.layer.head_dim)
+    k, v = held(rotation.apply(k.view(by_head))), held(v.view(by_head))
+    keys, values = (t.repeat_interleave(c.group, dim=2).transpose(1, 2) for t in (k, v))
+    queries = rotation.apply(q.view(by_head)).transpose(1, 2)
+    mixed = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
+    return mixed.transpose(1, 2).reshape(q.shape)
+
+
+def test_an_int4_cache_is_that_of_rounded_keys_and_values(isa, folder, monkeypatch) -> None:
+    """A number between two codes may get either, and attention is sharp: it moves logits by a part of their spread."""
+    monkeypatch.setattr(Block, "attend", attend_to_codes)
+    oracle = load_decoder(open_checkpoint(folder))
+    backend = CpuBackend(open_checkpoint(folder), activations="exact", kv_dtype="int4", threads=2)
+    for seed in SEEDS:
+        check(backend, oracle, random_steps(backend.config, seed), 0.35)
 
 
 def test_eight_bit_activations_move_logits_a_little(isa, folder, oracle) -> None:
@@ -86,7 +112,7 @@ def test_the_same_step_gives_the_same_bits(folder) -> None:
 
 
 @pytest.mark.parametrize("activations", ["auto", "exact"])
-@pytest.mark.parametrize("kv_dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8", "int4"])
 def test_logits_have_the_same_bits_in_any_batch_and_any_chunks(isa, folder, activations, kv_dtype) -> None:
     backend = CpuBackend(open_checkpoint(folder), activations=activations, kv_dtype=kv_dtype, threads=2)
     length, many = backend.config.max_positions, 20
@@ -111,6 +137,14 @@ def test_logits_have_the_same_bits_in_any_batch_and_any_chunks(isa, folder, acti
     starts = np.arange(many + 1, dtype=np.int32)
     together = Batch(np.repeat(tokens[-1:], many), starts, np.full(many, length, np.int32), tables, starts[:-1])
     assert torch.equal(backend.forward(together), whole[-1:].expand(many, -1))
+
+
+@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+def test_the_bytes_of_a_token_are_those_of_its_part_of_a_block(folder, kv_dtype) -> None:
+    backend = CpuBackend(open_checkpoint(folder), kv_dtype=kv_dtype)
+    backend.reserve(3)
+    assert backend.kv_bytes_per_token * BLOCK_SIZE == backend._model.block_bytes
+    assert kv_bytes_per_token(open_checkpoint(folder), kv_cache=kv_dtype) == backend.kv_bytes_per_token
 
 
 def test_logits_that_are_no_numbers_are_reported(write_tiny_model, tmp_path) -> None:

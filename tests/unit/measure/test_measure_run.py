@@ -112,6 +112,19 @@ def test_records_say_what_was_measured_and_how(tiny: Path, text: Path, tmp_path:
     assert moved["results"]["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
 
 
+@pytest.mark.parametrize(("asked", "held"), [("auto", "bf16"), ("int8", "int8"), ("int4", "int4")])
+def test_a_kv_cache_is_judged_beside_the_same_model_with_its_usual_one(
+    tiny_model: Path, text: Path, asked: str, held: str
+) -> None:
+    request = request_for(text, reference=str(tiny_model), backend="cpu", samples=0, kv_cache=asked)
+    (record,) = evaluate_all([tiny_model], request)
+    assert (record["status"], record["error"]) == ("ok", None)
+    assert record["engine"]["kv_cache"] == held
+    assert record["protocol"].get("kv_cache") == (None if asked == "auto" else asked)
+    moved = record["results"]["kld_mean"]
+    assert moved == 0 if asked == "auto" else moved > 0
+
+
 @pytest.mark.parametrize("asked", ["auto", "int8", "exact"])
 def test_records_say_what_rounding_activations_adds(
     tiny_model: Path, tiny_packed: Path, text: Path, asked: Any

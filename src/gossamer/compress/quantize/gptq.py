@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...errors import NumericalError
-from ...formats import Codes, Integer
+from ...formats import Codes, Format
 from ..method import Needs, QuantizeOptions, Quantizer
 from .grid import grid_of, round_column
 
@@ -27,9 +27,11 @@ MAX_DAMPING = 10.0
 
 
 class GPTQOptions(QuantizeOptions):
-    clip: Literal["none", "mse"] = Field("mse", description="mse: shrink each group's range to the least squared error")
-    act_order: bool = Field(True, description="process columns by falling importance (the Hessian's diagonal)")
-    damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian")
+    clip: Literal["none", "mse"] = Field(
+        default="mse", description="mse: shrink each group's range to the least squared error"
+    )
+    act_order: bool = Field(default=True, description="process columns by falling importance (the Hessian's diagonal)")
+    damping: float = Field(default=0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian")
 
 
 class GPTQ(Quantizer):
@@ -40,7 +42,7 @@ class GPTQ(Quantizer):
     Options = GPTQOptions
     options: GPTQOptions
 
-    def quantize(self, weight: Tensor, form: Integer, hessian: Tensor | None) -> Codes:
+    def quantize(self, weight: Tensor, form: Format, hessian: Tensor | None, gradient: Tensor | None = None) -> Codes:
         """Codes of a float32 weight [out, in], repaired by `hessian` [in, in] (arXiv 2210.17323, algorithm 1).
 
         Raises ShapeMismatch if groups do not divide `in`, NumericalError if no damping makes the Hessian invertible
@@ -125,7 +127,7 @@ def _turn(matrix: Tensor) -> None:
 
 def _round_columns(
     weight: Tensor,
-    form: Integer,
+    form: Format,
     factor: Tensor,
     order: Tensor,
     scale: Tensor,
@@ -138,7 +140,7 @@ def _round_columns(
     group_size = columns // scale.shape[1]
     work = weight[:, order].T.contiguous()  # [in, out]: a column of the weight is a contiguous row
     scale_t, zero_t = scale.T.contiguous(), zero.T.contiguous()
-    codes = torch.empty(columns, weight.shape[0], dtype=torch.int8)
+    codes = torch.empty(columns, weight.shape[0], dtype=form.code_dtype)
     group_of = (order // group_size).tolist()
     for start, stop in _blocks(columns, columns if refit is None else group_size):
         errors = torch.empty(stop - start, weight.shape[0])
@@ -155,7 +157,7 @@ def _round_columns(
         work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     restored = torch.empty_like(codes)
     restored[order] = codes
-    return Codes(restored.T.contiguous(), scale_t.T.contiguous(), None if form.symmetric else zero_t.T.to(torch.int8))
+    return form.assemble(restored.T.contiguous(), scale_t.T.contiguous(), zero_t.T.contiguous())
 
 
 def _blocks(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
@@ -172,10 +174,9 @@ def _blocks(columns: int, group_size: int) -> Iterator[tuple[int, int]]:
 
 
 def _refit_group(
-    work: Tensor, form: Integer, scale_t: Tensor, zero_t: Tensor, start: int, size: int, clip: str, importance: Tensor
+    work: Tensor, form: Format, scale_t: Tensor, zero_t: Tensor, start: int, size: int, clip: str, importance: Tensor
 ) -> None:
     """Fit one group's grid to its weights as the repairs so far have left them (columns in their natural order)."""
     group = work[start : start + size].T.contiguous()
-    channel = Integer(form.bits, None, form.symmetric, form.scale_dtype)
-    s, z = grid_of(group, channel, clip, importance[start : start + size] if clip == "mse" else None)
+    s, z = grid_of(group, form, clip, importance[start : start + size] if clip == "mse" else None, groups=1)
     scale_t[start // size], zero_t[start // size] = s[:, 0], z[:, 0]

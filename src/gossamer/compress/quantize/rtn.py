@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...formats import Codes, Integer
+from ...formats import Codes, Format
 from ..method import Needs, QuantizeOptions, Quantizer
 from .grid import grid_of, quantize
 
@@ -16,6 +16,6 @@ class RTN(Quantizer):
     needs = Needs.NOTHING
     Options = QuantizeOptions
 
-    def quantize(self, weight: Tensor, form: Integer, hessian: Tensor | None) -> Codes:
-        """Codes of a float32 weight [out, in]; `hessian` is not looked at. Raises ShapeMismatch, NumericalError."""
+    def quantize(self, weight: Tensor, form: Format, hessian: Tensor | None, gradient: Tensor | None = None) -> Codes:
+        """Codes of a float32 weight [out, in]; no statistic is looked at. Raises ShapeMismatch, NumericalError."""
         return quantize(weight, *grid_of(weight, form, self.options.clip), form)

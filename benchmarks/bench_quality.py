@@ -1,0 +1,175 @@
+"""Quantized models of ours beside its peers', made from the same tokens and judged by one judge in one run.
+
+    python benchmarks/bench_quality.py [--corpus FILE] [--recipe FILE] [--only ROW,ROW] [--quick] [--write]
+
+Peers and model files are made below the cache and --work when first asked for, which takes hours; what nothing has
+changed of is used again. A row that fails is a row that says why. Progress goes to stderr; to stdout go a Markdown
+page, a JSON line for each row, and one for the run. Exit code 1 if a row failed or an order, comparison or target is
+broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import quality_report
+import quality_rows
+from gossamer.compress.recipe import CalibrationSpec
+from gossamer.measure.records import append_record, machine_block
+from gossamer.settings import threads as default_threads
+from quality_judge import Judge, Judgement, Text
+from quality_make import Failed, Made, Workshop
+from quality_rows import Row
+
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "quality.md"
+QUICK_TOKENS = 8192
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that children are ended
+    args = parse_arguments()
+    rows = rows_of(args)
+    texts = [Text.load(source) for source in dict.fromkeys([*args.corpus, "default"])]
+    spec = CalibrationSpec(source="self", sequences=args.sequences, length=args.length, seed=args.seed)
+    shop = Workshop(args.work, args.threads, spec, args.minutes, args.iterations)
+    made = make_all(shop, rows, args.again)
+    judge = Judge(shop.base, args.tokens, args.threads, args.work / "judgements.json")
+    quality = judge_all(judge, made, texts, args.again)
+    results = [result_of(row, made[row.key], quality, shop.parameters) for row in rows]
+    run = {
+        "benchmark": "bench_quality",
+        "command": " ".join(["python benchmarks/bench_quality.py", *shown(sys.argv[1:])]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine_block(args.threads),
+        "protocol": {
+            **asdict(judge.plan),
+            "tokens": args.tokens,
+            "texts": [text.corpus.name for text in texts],
+            "texts_sha256": [text.corpus.sha256 for text in texts],
+            "sequences": spec.sequences,
+            "length": spec.length,
+            "seed": spec.seed,
+            "iterations": args.iterations,
+            "parameters": shop.parameters,
+        },
+        "comparisons": [asdict(f) for f in quality_report.comparisons(results)],
+        "targets": [asdict(f) for f in quality_report.targets(results)],
+        "orders": [asdict(f) for f in quality_report.orders(results)],
+    }
+    return show(run, results, args)
+
+
+def show(run: dict[str, Any], results: Sequence[dict[str, Any]], args: argparse.Namespace) -> int:
+    """Print everything, write what was asked for, and say whether all is well."""
+    text = quality_report.page({**run, "results": results})
+    lines = [{"benchmark": run["benchmark"], "created": run["created"], **result} for result in results]
+    print(text)
+    for line in [*lines, run]:
+        print(json.dumps(line))
+        if args.out is not None:
+            append_record(args.out, line)
+    if args.write:
+        PAGE.write_text(text)
+    broken = [f for kind in ("comparisons", "targets", "orders") for f in run[kind] if not f["held"]]
+    for finding in broken:
+        say(quality_report.Finding(**finding).line())
+    return int(bool(broken) or len(quality_report.good(results)) < len(results))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--corpus", action="append", default=[], metavar="FILE", help="text to judge on, beside the default one")
+    add("--recipe", action="append", default=[], metavar="RECIPE", help="one more of ours: a YAML file")
+    add("--only", default="*", metavar="ROW,ROW", help="only these rows; `llama.cpp/*` works")
+    add("--quick", action="store_true", help="a row of each road on few tokens: does it work?")
+    add("--tokens", type=int, default=20480, help="tokens of each text")
+    add("--sequences", type=int, default=32, help="of calibration, for every method that calibrates")
+    add("--length", type=int, default=512, help="tokens of each of them")
+    add("--seed", type=int, default=0)
+    add("--iterations", type=int, default=40, help="of auto-round, for each block")
+    add("--threads", type=int, default=default_threads())
+    add("--minutes", type=float, default=60.0, help="that a row may take to be made")
+    add("--work", type=Path, default=Path("runs/quality"), help="where models are put")
+    add("--again", action="store_true", help="make and judge everything anew")
+    add("--out", type=Path, metavar="FILE", help="append the JSON lines here too")
+    add("--write", action="store_true", help=f"write docs/results/{PAGE.name}")
+    args = parser.parse_args()
+    if args.quick:
+        args.tokens = min(args.tokens, QUICK_TOKENS)
+    return args
+
+
+def rows_of(args: argparse.Namespace) -> list[Row]:
+    """The rows that were asked for; leaves if a name is none."""
+    rows = [*quality_rows.CONTROLS, *quality_rows.our_rows(args.recipe), *quality_rows.PEERS]
+    if args.quick:
+        rows = quality_rows.chosen(rows, quality_rows.QUICK)
+    try:
+        return quality_rows.chosen(rows, args.only.split(","))
+    except ValueError as error:
+        sys.exit(str(error))
+
+
+def make_all(shop: Workshop, rows: Sequence[Row], again: bool) -> dict[str, Made | Failed]:
+    """Every row's file, or why there is none."""
+    found: dict[str, Made | Failed] = {}
+    for done, row in enumerate(rows):
+        say(f"[{done + 1}/{len(rows)}] {row.key}")
+        try:
+            found[row.key] = shop.make(row, again)
+        except Failed as error:
+            found[row.key] = error
+            say(f"  failed: {error}")
+    return found
+
+
+def judge_all(
+    judge: Judge, made: dict[str, Made | Failed], texts: Sequence[Text], again: bool
+) -> dict[str, dict[str, Judgement]]:
+    """Row -> text -> figures, for every row that has a file."""
+    paths = {key: Path(file.judged) for key, file in made.items() if isinstance(file, Made)}
+    by_text = {text.corpus.name: judge.judge(paths, text, again, say) for text in texts}
+    return {key: {text: found[key] for text, found in by_text.items()} for key in paths}
+
+
+def result_of(
+    row: Row, made: Made | Failed, quality: dict[str, dict[str, Judgement]], parameters: int
+) -> dict[str, Any]:
+    """All that is known of a row, as quality_report reads it."""
+    facts = {
+        "key": row.key,
+        "maker": row.maker,
+        "method": row.method,
+        "bits": row.bits,
+        "grid": row.grid,
+        "act_order": row.act_order,
+        "on_source_grid": row.on_source_grid,
+        "options": dict(row.options),
+        "quality": quality.get(row.key, {}),
+        "reason": None,
+    }
+    if isinstance(made, Failed):
+        return {**facts, "reason": str(made)}
+    return {**facts, **asdict(made), "bits_per_weight": made.stored_bytes * 8 / parameters}
+
+
+def shown(words: Sequence[str]) -> list[str]:
+    """The command line without the folders of this machine."""
+    return [Path(word).name if "/" in word and not word.startswith("-") and "*" not in word else word for word in words]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,221 @@
+"""`gossamer study precision`: every number format on one model, by size, speed and divergence, and which to take."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import UsageError
+from ._console import emit_json, progress
+from ._options import Activations, Backend, Json, Model, Quiet
+from .compress import CalibrationText, Length, Seed, Sequences
+from .eval import Threads, make_table
+
+if TYPE_CHECKING:
+    from ..compress.recipe import Recipe
+    from ..measure.worker import Channel, Progress
+    from ..report.study import StudyRow
+    from ..search.study_precision import PrecisionStudy
+
+UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def study_precision(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of records, artifacts, table and plot.")],
+    formats: Annotated[
+        str | None, typer.Option("--formats", help="Only these (default: all).", metavar="NAME[,NAME]")
+    ] = None,
+    method: Annotated[
+        str, typer.Option("--method", help="What makes the formats that name no method: gptq, rtn, ...")
+    ] = "gptq",
+    max_size: Annotated[
+        str | None, typer.Option("--max-size", help="Bound of the recommendation, such as 100MB.", metavar="SIZE")
+    ] = None,
+    max_kld: Annotated[
+        float | None, typer.Option("--max-kld", min=0, help="Bound of the recommendation on KL divergence.")
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Prompts at once.", metavar="N[,N]")] = "1,8,64",
+    corpus: Annotated[
+        str, typer.Option("--corpus", help="default (Python's own docs), wikitext2, or a UTF-8 text file.")
+    ] = "default",
+    context: Annotated[int, typer.Option("--context", help="Tokens in a window that is judged.")] = 1024,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Use only so many tokens of the text.")] = 32768,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt that is timed.")] = 128,
+    output_tokens: Annotated[int, typer.Option("--output-tokens", help="Tokens to generate for each prompt.")] = 32,
+    repetitions: Annotated[int, typer.Option("--repetitions", help="Timed runs, of which the median counts.")] = 3,
+    calibration: CalibrationText = None,
+    calibration_sequences: Sequences = None,
+    calibration_length: Length = None,
+    seed: Seed = None,
+    backend: Backend = "auto",
+    activations: Activations = "auto",
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Every number format on this model: bytes, speed, divergence, and which one to take.
+
+    Interrupted? The same command goes on: what is measured is not measured again. Exit code 1 if any format failed.
+
+    \b
+    gossamer study precision smollm2 --out study/ --max-size 100MB
+    """
+    from ..checkpoint import open_checkpoint
+    from ..measure.corpus import load_corpus
+    from ..measure.plans import SpeedPlan, WindowPlan
+    from ..measure.records import check_writable
+    from ..measure.run import EvalRequest
+    from ..search.study_precision import KV_CACHES, VARIANTS, PrecisionStudy, run_study
+
+    text = {"source": calibration, "sequences": calibration_sequences, "length": calibration_length, "seed": seed}
+    study = PrecisionStudy(
+        model=model,
+        fingerprint=open_checkpoint(model).fingerprint(),
+        folder=out,
+        request=EvalRequest(
+            corpus_source=corpus,
+            corpus=load_corpus(corpus),
+            plan=WindowPlan(context, context, context // 2),
+            tokens=tokens,
+            samples=0,
+            backend=backend,
+            activations=activations,
+            threads=threads,
+        ),
+        speed=SpeedPlan(prompt_tokens, output_tokens, 1, repetitions, 1),
+        batches=tuple(_numbers(batch)),
+        formats=VARIANTS if formats is None else tuple(_names(formats)),
+        method=method,
+        calibration={key: value for key, value in text.items() if value is not None},
+    )
+    for name in study.formats:  # what is wrong with a name, a method or a batch size is found before any work
+        if name not in KV_CACHES:
+            study.recipe(name)
+    for size in study.batches:
+        SpeedPlan(prompt_tokens, output_tokens, size, repetitions, 1)
+    limit = None if max_size is None else _bytes(max_size)
+    check_writable(study.records)
+    with progress(quiet) as report:
+        records = run_study(study, lambda recipe, folder, say: _made(study, recipe, folder, say), report)
+    return _finish(study, records, limit, max_kld, json, quiet)
+
+
+def _finish(
+    study: PrecisionStudy,
+    records: Sequence[dict[str, Any]],
+    max_bytes: int | None,
+    max_kld: float | None,
+    json: bool,
+    quiet: bool,
+) -> int:
+    """Write table and plot beside the records, and say what follows from them."""
+    from dataclasses import asdict
+
+    from ..report.export import write_text
+    from ..report.study import protocol_sentences, recommendation, study_markdown, study_rows
+    from ..report.study_plot import study_svg
+
+    rows = study_rows(records)
+    said = recommendation(rows, max_bytes, max_kld)
+    write_text(study.folder / "study.svg", study_svg(rows))
+    write_text(study.folder / "study.md", study_markdown(rows, said, records))
+    if json:
+        emit_json({"rows": [asdict(row) for row in rows], "recommendation": said})
+    else:
+        _show(rows, said, protocol_sentences(records))
+    if not quiet:
+        from ._console import remark
+
+        remark(f"wrote study.md, study.svg and study.jsonl in {study.folder}")
+    return 1 if any(row.failed for row in rows) else 0
+
+
+def _show(rows: Sequence[StudyRow], said: Sequence[str], protocol: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from ..report.study import study_table
+
+    screen = Console(highlight=False, soft_wrap=True)
+    if not screen.is_terminal:
+        screen = Console(highlight=False, width=10_000)  # a file is not wrapped to a terminal that is not there
+    screen.print(make_table(*study_table(rows)))
+    for sentence in protocol:
+        screen.print(Text(sentence, style="dim"))
+    for n, sentence in enumerate(said):
+        screen.print(Text(sentence, style="bold" if n == 0 else ""))
+
+
+def _made(study: PrecisionStudy, recipe: Recipe, out: Path, report: Progress) -> dict[str, Any]:
+    """The record of an artifact that is made in a process of its own, so that its cost is its own."""
+    from ..measure.records import engine_block, make_record, unknown_model_block
+    from ..measure.worker import Job, WorkerError, run_job
+
+    arguments = {"model": study.model, "recipe": recipe.model_dump(mode="json"), "out": str(out)}
+    try:
+        made: dict[str, Any] = run_job(
+            Job("gossamer.cli.study:make_artifact", arguments, study.request.threads), report
+        )
+        return made
+    except WorkerError as error:
+        hint = "" if error.hint is None else f" ({error.hint})"
+        return make_record(
+            "compress",
+            model={**unknown_model_block(str(out)), "base": study.model, "recipe": recipe.name},
+            engine=engine_block(),
+            protocol={"recipe": recipe.canonical(), "calibration": None},
+            error=f"{error.kind}: {error.message}{hint}",
+        )
+
+
+def make_artifact(channel: Channel, model: str, recipe: dict[str, Any], out: str) -> dict[str, Any]:
+    """Make one artifact in this process and return its record.
+
+    The folder belongs to the study: what lies there made by another recipe or from another model is made anew.
+    """
+    import torch
+
+    from .. import settings
+    from ..checkpoint import open_checkpoint
+    from ..compress.pipeline import compress
+    from ..compress.recipe import parse_recipe
+    from ..errors import OutputExists, ResumeMismatch
+    from ..measure.memory import peak_rss
+    from .compress import calibration_of, made_record
+
+    torch.set_num_threads(settings.threads())
+    started = time.monotonic()
+    checkpoint, checked = open_checkpoint(model), parse_recipe(recipe, "the study")
+    text = calibration_of("", checked, checkpoint, channel.progress, quiet=True)
+    try:
+        result = compress(checkpoint, checked, Path(out), text, progress=channel.progress)
+    except (OutputExists, ResumeMismatch):
+        result = compress(checkpoint, checked, Path(out), text, progress=channel.progress, overwrite=True, restart=True)
+    cost = {"seconds": round(time.monotonic() - started, 3), "peak_rss_bytes": peak_rss()}
+    return made_record(open_checkpoint(out), checked, result, dict.fromkeys(cost) if result.existed else cost)
+
+
+def _numbers(text: str) -> list[int]:
+    """Batch sizes out of "1,8,64"."""
+    try:
+        return list(dict.fromkeys(int(part) for part in text.split(",")))
+    except ValueError as error:
+        raise UsageError(f"--batch {text!r} is not a list of numbers", hint="such as --batch 1,8,64") from error
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _bytes(text: str) -> int:
+    """Bytes out of "100MB", "0.5 GB" or a plain number. Raises UsageError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if not found or found[2] not in UNITS:
+        raise UsageError(f"--max-size {text!r} is not a size", hint="such as 100MB, 0.5GB or 64MiB")
+    return int(float(found[1]) * UNITS[found[2]])

@@ -1,0 +1,238 @@
+"""Makes the units of one run: embedding and head, then block after block, by whatever kind of method the recipe names.
+
+Knows how each kind of method is fed; what a unit is on disk is `units.py`, what a method decides is the method's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CompressionError, NumericalError
+from ..formats import Codes, Dense, Format
+from ..model.decoder import Block, Rotation
+from .blockview import BlockView
+from .gradients import gradient_unit, measure
+from .method import BlockQuantizer, Needs, Quantizer, WeightMethod
+from .plan import ROUND_AT_ONCE
+from .quantize.rtn import RTN
+from .units import Units, block_unit
+from .walk import advance, slices, walk
+
+Progress = Callable[[str, int, int], None]
+"""(what, done, total)"""
+T = TypeVar("T")
+
+
+def make_units(units: Units, method: WeightMethod, tokens: Tensor | None, progress: Progress, seed: int = 0) -> None:
+    """Every unit of embedding, head and blocks that is not done yet. `tokens` [sequences, time] if the method asks."""
+    _Maker(units, method, progress, seed).run(tokens)
+
+
+class _Maker:
+    def __init__(self, units: Units, method: WeightMethod, progress: Progress, seed: int) -> None:
+        self.units, self.method, self.progress, self.seed = units, method, progress, seed
+        self.source, self.config, self.family = units.source, units.source.config, units.source.family
+
+    def run(self, tokens: Tensor | None) -> None:
+        self._ends()
+        if self.method.needs is Needs.NOTHING:
+            self._blocks_alone()
+            return
+        assert tokens is not None
+        if not self._todo():
+            return
+        if isinstance(self.method, BlockQuantizer):
+            self._blocks_by_outputs(self.method, tokens)
+        else:
+            assert isinstance(self.method, Quantizer)
+            if self.method.needs is Needs.GRADIENT:
+                measure(self.units, tokens, self.progress)
+            self._blocks_by_inputs(self.method, tokens)
+
+    def _todo(self) -> list[int]:
+        return [i for i in range(self.config.num_layers) if not self.units.is_done(block_unit(i))]
+
+    def _ends(self) -> None:
+        """Embedding and untied head, if the recipe packs them: rounded to nearest, a slice of rows at a time."""
+        for module in (self.family.embed, self.family.head):
+            form = self.units.plan.formats.get(module)
+            if form is None or isinstance(form, Dense) or self.units.is_done(module):
+                continue
+            role = "embed" if module == self.family.embed else "head"
+            codes, error = self._round_weight(f"{module}.weight", form, RTN(self.method.options))
+            tensors = _named_tensors(module, form.pack(codes))
+            self.units.write(module, tensors, {"layers": [_note(None, role, form, tuple(codes.codes.shape), error)]})
+
+    def _blocks_alone(self) -> None:
+        """Every block by a method that needs no data."""
+        assert isinstance(self.method, Quantizer)
+        count = self.config.num_layers
+        for i in self._todo():
+            self.progress("compressing blocks", i, count)
+            tensors: dict[str, Tensor] = {}
+            notes: list[dict[str, Any]] = []
+            for role, shape in self.config.layers[i].linear_shapes(self.config.hidden_size).items():
+                module = self.family.module(role, i)
+                form = self.units.form(module)
+                codes, error = self._round_weight(f"{module}.weight", form, self.method)
+                tensors |= _named_tensors(module, form.pack(codes))
+                notes.append(_note(i, role, form, shape, error))
+            self.units.write(block_unit(i), tensors, {"layers": notes})
+        self.progress("compressing blocks", count, count)
+
+    def _round_weight(self, name: str, form: Format, method: Quantizer) -> tuple[Codes, float]:
+        """Codes of a weight that needs no statistics, and its relative squared error, a slice of rows at a time."""
+        rows, columns = self.source.checkpoint.shape(name)
+        step = max(1, ROUND_AT_ONCE // columns)
+        parts, lost, total = [], 0.0, 0.0
+        for start in range(0, rows, step):
+            weight = self.source.checkpoint.tensor(name, rows=slice(start, min(start + step, rows)))
+            _check_finite(name, weight)
+            part = _naming([name], partial(method.quantize, weight, form, None))
+            lost += float((part.dequantize() - weight).square_().sum())
+            total += float(weight.square().sum())
+            parts.append(part)
+        return Codes.cat(parts), lost / total if total else 0.0
+
+    def _blocks_by_inputs(self, method: Quantizer, tokens: Tensor) -> None:
+        """Every block by a method that needs its inputs: x [sequences, length, hidden] goes from block to block."""
+        count, todo = self.config.num_layers, self._todo()
+        x, rotation = self.units.embed(tokens), self.source.rotation(tokens.shape[1])
+        for i in range(max(todo) + 1):
+            if i not in todo:
+                self.progress("catching up with finished blocks", i, count)
+                advance(self.units.finished_block(i), x, rotation)
+                continue
+            self.progress("compressing blocks", i, count)
+            self._walk_block(method, i, x, rotation)
+        self.progress("compressing blocks", count, count)
+
+    def _walk_block(self, method: Quantizer, i: int, x: Tensor, rotation: Rotation) -> None:
+        block = self.source.block(i)
+        gradients = self.units.open(gradient_unit(i)) if method.needs is Needs.GRADIENT else None
+        tensors: dict[str, Tensor] = {}
+        notes: list[dict[str, Any]] = []
+
+        def quantize(roles: list[str], form: Format, hessian: Tensor) -> None:
+            """Linear layers of the same inputs and the same grid: rounded as one."""
+            linears = [getattr(block, role) for role in roles]
+            names = [self.family.module(role, i) for role in roles]
+            for name, linear in zip(names, linears, strict=True):
+                _check_finite(f"{name}.weight", linear.weight)
+            weight = _cat([linear.weight for linear in linears])
+            gradient = None if gradients is None else _cat([gradients.read(role) for role in roles])
+            sizes = [linear.weight.shape[0] for linear in linears]
+            codes = _naming(names, partial(method.quantize, weight, form, hessian, gradient))
+            parts = zip(roles, names, linears, codes.split(sizes), torch.split(weight, sizes), strict=True)
+            for role, name, linear, part, before in parts:
+                packed = form.pack(part)
+                value = form.unpack(packed)  # what a resumed run will read
+                notes.append(_note(i, role, form, tuple(before.shape), _output_error(before, value, hessian)))
+                linear.weight = nn.Parameter(value, requires_grad=False)
+                tensors.update(_named_tensors(name, packed))
+
+        def compress_point(roles: tuple[str, ...], hessian: Tensor | None) -> None:
+            assert hessian is not None
+            by_form: dict[Format, list[str]] = {}
+            for role in roles:
+                by_form.setdefault(self.units.form(self.family.module(role, i)), []).append(role)
+            for form, alike in by_form.items():
+                quantize(alike, form, hessian)
+
+        walk(block, x, rotation, compress_point)
+        self.units.write(block_unit(i), tensors, {"layers": notes})
+
+    def _blocks_by_outputs(self, method: BlockQuantizer, tokens: Tensor) -> None:
+        """Every block by a method that learns from the original's outputs, which go from block to block beside x."""
+        count, todo = self.config.num_layers, self._todo()
+        x, target = self.units.embed(tokens), self.source.embed(tokens)
+        rotation = self.source.rotation(tokens.shape[1])
+        for i in range(max(todo) + 1):
+            done = i not in todo
+            self.progress("catching up with finished blocks" if done else "compressing blocks", i, count)
+            block = self.source.block(i)
+            with torch.no_grad():
+                advance(block, target, rotation)
+            if not done:
+                self._learn_block(method, i, block, x, target, rotation)
+            del block
+            with torch.no_grad():
+                advance(self.units.finished_block(i), x, rotation)
+        self.progress("compressing blocks", count, count)
+
+    def _learn_block(
+        self, method: BlockQuantizer, i: int, block: Block, x: Tensor, target: Tensor, rotation: Rotation
+    ) -> None:
+        names = {role: self.family.module(role, i) for role in self.config.layers[i].linear_shapes(1)}
+        for role, name in names.items():
+            _check_finite(f"{name}.weight", getattr(block, role).weight)
+        forms = {role: self.units.form(name) for role, name in names.items()}
+        view = BlockView(block, x, target, rotation, forms, names, self.seed)
+        with torch.enable_grad():
+            _naming([f"block {i}"], partial(method.compress, view))
+        missing = [names[role] for role in names if role not in view.decided]
+        if missing:
+            raise CompressionError(f"{method.name} left {', '.join(missing)} undecided")
+        tensors = self.units.changed(i, block)
+        for name, tensor in tensors.items():
+            if not torch.isfinite(tensor).all():
+                raise NumericalError(f"{name} is not finite after {method.name}", hint="nothing of it is kept")
+        for role, codes in view.decided.items():
+            packed = forms[role].pack(codes)
+            tensors |= _named_tensors(names[role], packed)
+            getattr(block, role).weight = nn.Parameter(forms[role].unpack(packed), requires_grad=False)
+        error = _block_error(block, x, target, rotation)
+        shapes = self.config.layers[i].linear_shapes(self.config.hidden_size)
+        notes = [_note(i, role, forms[role], shapes[role], error) for role in names]
+        self.units.write(block_unit(i), tensors, {"layers": notes})
+
+
+def _named_tensors(module: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{module}.{local}": tensor for local, tensor in stored.items()}
+
+
+def _note(block: int | None, role: str, form: Format, shape: tuple[int, ...], error: float) -> dict[str, Any]:
+    bits = form.bits_per_weight(shape)
+    return {"block": block, "linear": role, "format": form.name, "bits_per_weight": bits, "relative_error": error}
+
+
+def _cat(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _naming(names: list[str], decide: Callable[[], T]) -> T:
+    """What `decide` gives for weights with these names, which a numerical error of it then carries."""
+    try:
+        return decide()
+    except NumericalError as e:
+        raise NumericalError(f"{', '.join(names)}: {e.message}", hint=e.hint) from e
+
+
+def _output_error(weight: Tensor, value: Tensor, hessian: Tensor) -> float:
+    """Squared error of the layer's output over its squared output: tr(E H E^T) / tr(W H W^T)."""
+    error = value - weight
+    lost = float(((error @ hessian) * error).sum())
+    total = float(((weight @ hessian) * weight).sum())
+    return max(lost, 0.0) / total if total > 0 else 0.0
+
+
+@torch.no_grad()
+def _block_error(block: Block, x: Tensor, target: Tensor, rotation: Rotation) -> float:
+    """Mean over the tokens of the squared error of a block's output over the squared output that is wanted."""
+    total = 0.0
+    for c in slices(x):
+        wanted = target[c].square().sum(-1)
+        lost = (block(x[c], rotation) - target[c]).square().sum(-1)
+        total += float((lost / wanted.clamp(min=1e-30)).sum())
+    return total / (x.shape[0] * x.shape[1])
+
+
+def _check_finite(name: str, weight: Tensor) -> None:
+    if not torch.isfinite(weight).all():
+        bad = int((~torch.isfinite(weight)).sum())
+        raise NumericalError(f"{name} has {bad} weights that are NaN or infinite", hint="the checkpoint is damaged")

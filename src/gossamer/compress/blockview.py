@@ -1,0 +1,127 @@
+"""What a BlockQuantizer may see and do: one block, its inputs, and the outputs that the original has in its place.
+
+Knows blocks, activations and codes; knows no file, recipe or method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CompressionError, NumericalError, UnknownName
+from ..formats import Codes, Format
+from ..model.decoder import Block, Rotation
+from .walk import hessian, slices
+
+POINTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
+"""Linear layers that read the same input."""
+
+
+class BlockView:
+    """One block in work. `put` decides its linear layers one by one; all of them must be decided in the end.
+
+    Norm weights, biases and linear weights of `block` may be changed in place before that (folding): what the block
+    holds when the method returns is what is stored, norms and biases rounded to the model's float dtype.
+    """
+
+    def __init__(
+        self,
+        block: Block,
+        x: Tensor,
+        target: Tensor,
+        rotation: Rotation,
+        forms: Mapping[str, Format],
+        names: Mapping[str, str],
+        seed: int = 0,
+    ) -> None:
+        self.block = block
+        """In float32, on the CPU; its parameters require no gradient until a method says so."""
+        self.x = x
+        """[sequences, time, hidden] inputs of the block as the compressed model gives them; not to be changed."""
+        self.target = target
+        """[sequences, time, hidden] what the original block gives on the original inputs; not to be changed."""
+        self.rotation = rotation
+        """Rotary factors for [batch, time]: any batch."""
+        self.decided: dict[str, Codes] = {}
+        """Role -> codes, of the layers that are decided."""
+        self.generator = torch.Generator().manual_seed((seed * 1_000_003 + block.index) % 2**63)
+        """For whatever a method draws: a block gets the same numbers in a run that was resumed."""
+        self._forms, self._names = forms, names
+
+    @property
+    def index(self) -> int:
+        """The block's number."""
+        return self.block.index
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Its linear layers, in the order in which they are computed."""
+        return tuple(self._forms)
+
+    def form(self, role: str) -> Format:
+        """How this linear layer will be stored."""
+        self._known(role)
+        return self._forms[role]
+
+    def name(self, role: str) -> str:
+        """Module name of a linear layer, for errors."""
+        self._known(role)
+        return self._names[role]
+
+    def put(self, role: str, codes: Codes) -> None:
+        """Decide a linear layer: its float weight in the block becomes `codes.dequantize()`.
+
+        Raises CompressionError for codes of another shape, NumericalError if the weight is not finite.
+        """
+        linear = getattr(self.block, self._known(role))
+        if codes.codes.shape != linear.weight.shape:
+            raise CompressionError(
+                f"{self._names[role]}: codes {tuple(codes.codes.shape)} for a weight {tuple(linear.weight.shape)}"
+            )
+        value = codes.dequantize()
+        if not torch.isfinite(value).all():
+            raise NumericalError(
+                f"{self._names[role]}: the quantized weight has {int((~torch.isfinite(value)).sum())} values that are "
+                "NaN or infinite"
+            )
+        linear.weight = nn.Parameter(value, requires_grad=False)
+        self.decided[role] = codes
+
+    def inputs(self, role: str) -> Iterator[Tensor]:
+        """Inputs [some sequences, time, in] of a linear layer as the block stands now, a few sequences at a time."""
+        self._known(role)
+        for c in slices(self.x):
+            yield self.input_of(role, self.x[c])
+
+    def input_of(self, role: str, x: Tensor) -> Tensor:
+        """Input [sequences, time, in] of a linear layer, as the block stands now, for inputs x of the block."""
+        block = self.block
+        normed: Tensor = block.attn_norm(x)
+        if role in ("q", "k", "v"):
+            return normed
+        mixed = block.mix(normed, self.rotation)
+        if role == "o":
+            return mixed
+        normed = block.ffn_norm(x + block.linear("o", mixed))
+        return normed if role in ("gate", "up") else block.gated(normed)
+
+    def hessian(self, *roles: str) -> Tensor:
+        """X^T X [in, in] of the inputs X that these roles share, as the block stands now."""
+        for role in roles:
+            self._known(role)
+        if not any(set(roles) <= set(point) for point in POINTS) or not roles:
+            raise CompressionError(f"{', '.join(roles) or 'no roles'}: these linear layers do not share their inputs")
+        with torch.no_grad():
+            return hessian(self.inputs(roles[0]))
+
+    def outputs(self) -> Iterator[tuple[slice, Tensor]]:
+        """Which sequences, and what the block as it stands now gives for them [some sequences, time, hidden]."""
+        for c in slices(self.x):
+            yield c, self.block(self.x[c], self.rotation)
+
+    def _known(self, role: str) -> str:
+        if role not in self._forms:
+            raise UnknownName("linear layer", role, self._forms)
+        return role

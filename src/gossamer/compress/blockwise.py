@@ -1,0 +1,288 @@
+"""What methods share that learn a block against the original's outputs: straight-through rounding and the training.
+
+Rounding has no useful gradient. The straight-through estimator (Bengio et al., arXiv 1308.3432) takes that of the
+identity in its place; how scales and zero points then learn is derived in LSQ+ (Bhalgat et al., arXiv 2004.09576).
+Knows a BlockView and integer grids; knows no method's choice of what to learn.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.func import functional_call
+
+from ..errors import CompressionError, NumericalError
+from ..formats import Codes, Format, Integer
+from ..model import ModelConfig
+from .blockview import POINTS, BlockView
+from .method import BlockQuantizer, QuantizeOptions
+from .quantize.gptq import GPTQ, GPTQOptions
+from .quantize.grid import grid_of, quantize
+from .walk import TOKENS_AT_ONCE
+
+Weights = Callable[[], Mapping[str, Tensor]]
+"""Parameter names of a block (`q.weight`, `attn_norm.weight`) -> what stands in their place, with gradients."""
+CELL = 0.49
+"""How far from its code, in steps, a weight may start: just inside of what rounds to it."""
+
+
+class LearnOptions(QuantizeOptions):
+    """Options of every method that learns block by block."""
+
+    steps: int = Field(default=40, ge=0, le=100_000, description="optimizer steps for each block")
+    batch_size: int = Field(default=2, ge=1, le=1024, description="calibration sequences in a step")
+    seconds: float | None = Field(
+        default=None, gt=0, description="ends a block's training early; the result then depends on the machine's speed"
+    )
+
+
+class RoundedOptions(LearnOptions):
+    """Options of methods that learn from codes that another method has found."""
+
+    start: Literal["gptq", "rtn"] = Field(default="gptq", description="whose codes and scales the training begins with")
+
+
+class BlockLearner(BlockQuantizer):
+    """A method that learns block by block, with options of this module."""
+
+    options: LearnOptions
+
+    def peak_bytes(self, config: ModelConfig, index: int, sequences: int, length: int) -> int:
+        """Memory of Adam over every weight of block `index`, and of the activations of a step."""
+        return super().peak_bytes(config, index, sequences, min(self.options.batch_size, sequences) * length)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """(clamp(round(w / s + z)) - z) * s for groups: w [out, groups, columns], s and z [out, groups, 1].
+
+    With q the clamped code and `inside` where nothing was clamped, the straight-through gradients are
+    dw = inside,  ds = q - z - inside * w / s,  dz = -s * (1 - inside).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, s: Tensor, z: Tensor, low: int, high: int) -> Tensor:
+        steps = w / s
+        free = (steps + z).round_()
+        code = free.clamp(low, high)
+        inside = free == code
+        code = code.sub_(z)
+        ctx.save_for_backward(inside, code - steps * inside, s)
+        return code * s
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        inside, slope, s = ctx.saved_tensors
+        passed = grad * inside
+        ds = (grad * slope).sum(-1, keepdim=True) if ctx.needs_input_grad[1] else None
+        dz = -s * (grad - passed).sum(-1, keepdim=True) if ctx.needs_input_grad[2] else None
+        return passed, ds, dz, None, None
+
+
+def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the gradient of `value`."""
+    return value + (rounded - value).detach() if value.requires_grad else rounded
+
+
+def stored_grid(scale: Tensor, zero: Tensor | None, form: Integer) -> tuple[Tensor, Tensor]:
+    """Scale and zero point as the format stores them, both float32, passing gradients straight through."""
+    tiny = torch.finfo(form.scale_dtype).tiny
+    stored = straight_through(scale, scale.detach().clamp(min=tiny).to(form.scale_dtype).float())
+    if zero is None or form.symmetric:
+        return stored, torch.zeros_like(stored)
+    return stored, straight_through(zero, zero.detach().round().clamp(*code_range(form)))
+
+
+def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, form: Integer) -> Tensor:
+    """A weight [out, in] rounded to its grid, `scale` and `zero` [out, groups]; what `codes_of` would dequantize to."""
+    scale, point = stored_grid(scale, zero, form)
+    grouped = weight.view(*scale.shape, -1)
+    apply: Callable[..., Tensor] = _FakeQuantize.apply
+    rounded = apply(grouped, scale.unsqueeze(-1), point.unsqueeze(-1), *code_range(form))
+    return rounded.view(weight.shape)
+
+
+@torch.no_grad()
+def codes_of(weight: Tensor, scale: Tensor, zero: Tensor | None, form: Integer) -> Codes:
+    """The codes of a weight [out, in] on the grid that `fake_quantize` rounds to. Raises NumericalError."""
+    scale, point = stored_grid(scale.detach(), None if zero is None else zero.detach(), form)
+    if not (torch.isfinite(weight).all() and torch.isfinite(scale).all()):
+        raise NumericalError("training diverged: weights or scales are NaN or infinite", hint="lower learning rates")
+    grouped = weight.view(*scale.shape, -1)
+    codes = (grouped / scale.unsqueeze(-1) + point.unsqueeze(-1)).round_().clamp_(*code_range(form))
+    return Codes(codes.view(weight.shape).to(torch.int8), scale, None if form.symmetric else point.to(torch.int8))
+
+
+def code_range(form: Integer) -> tuple[int, int]:
+    """Smallest and largest code."""
+    return -(2 ** (form.bits - 1)), 2 ** (form.bits - 1) - 1
+
+
+def integer_form(form: Format, where: str) -> Integer:
+    """The format, which learning needs to be an evenly spaced grid. Raises CompressionError naming the layer."""
+    if not isinstance(form, Integer):
+        raise CompressionError(
+            f"{where}: learned rounding works on evenly spaced integers, not on {form.name}",
+            hint="format: int, or another method for codebooks",
+        )
+    return form
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the training of a linear layer begins; float32, scale and zero point [out, groups]."""
+
+    form: Integer
+    weight: Tensor
+    """[out, in] the original's, moved into the cells of the codes that training starts from."""
+    scale: Tensor
+    zero: Tensor | None
+
+
+@torch.no_grad()
+def starts_of(view: BlockView, options: RoundedOptions) -> dict[str, Start]:
+    """A start for each linear layer: codes by GPTQ, or rounded to nearest, on the inputs as compressed so far.
+
+    Decides the layers as well (`view.put`), so that later ones are rounded on the inputs that they will see.
+    """
+    found: dict[str, Start] = {}
+    for roles in POINTS:
+        moment = view.hessian(*roles) if options.start == "gptq" else None
+        for role in roles:
+            form = integer_form(view.form(role), view.name(role))
+            weight = getattr(view.block, role).weight.detach().clone()
+            codes = _first_codes(weight, form, moment, options)
+            view.put(role, codes)
+            found[role] = start_from(weight, codes, form)
+    return {role: found[role] for role in view.roles}
+
+
+def start_from(weight: Tensor, codes: Codes, form: Integer) -> Start:
+    """A weight [out, in] moved as little as may be into the cells of these codes of it."""
+    scale = codes.scale.float()
+    grouped, value = weight.view(*scale.shape, -1), codes.dequantize().view(*scale.shape, -1)
+    reach = CELL * scale.unsqueeze(-1)
+    moved = value + (grouped - value).clamp(-reach, reach)
+    return Start(form, moved.view(weight.shape), scale, None if codes.zero is None else codes.zero.float())
+
+
+def _first_codes(weight: Tensor, form: Integer, moment: Tensor | None, options: RoundedOptions) -> Codes:
+    if moment is not None:
+        return GPTQ(GPTQOptions(clip=options.clip)).quantize(weight, form, moment)
+    return quantize(weight, *grid_of(weight, form, options.clip), form)
+
+
+class SignDescent(torch.optim.Optimizer):
+    """Every parameter moves by the learning rate against the sign of its gradient (arXiv 2309.05516)."""
+
+    def __init__(self, params: Iterable[Any]) -> None:
+        super().__init__(params, {"lr": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad.sign(), alpha=-group["lr"])
+
+
+def cosine(done: float) -> float:
+    """The share of a learning rate after this share of the steps: from 1 to a twentieth, along half a cosine."""
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def linear(done: float) -> float:
+    """The same from 1 to 0 along a line."""
+    return 1 - done
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What training a block did; errors as `block_error` gives them over all calibration sequences."""
+
+    before: float
+    after: float
+
+
+def learn(
+    view: BlockView,
+    weights: Weights,
+    optimizer: torch.optim.Optimizer,
+    options: LearnOptions,
+    decay: Callable[[float], float] = cosine,
+    limit: Callable[[], None] = lambda: None,
+) -> Learned:
+    """Train what `weights` depends on so that the block's outputs approach the original's.
+
+    Learning rates are the optimizer's groups' `rate`, times `decay`; `limit` is called behind each step, to bring
+    parameters back into their range. Batches are drawn by the view's generator. The parameters are left at the better
+    of the start and the end, judged on all calibration sequences: never worse than they began.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    start = [p.detach().clone() for p in params]
+    before = block_error(view, weights)
+    began = time.monotonic()
+    batches = batches_of(len(view.x), options.batch_size, options.steps, view.generator)
+    for step, batch in enumerate(batches):
+        done = step / len(batches)
+        if options.seconds is not None:
+            done = max(done, (time.monotonic() - began) / options.seconds)
+            if done >= 1:
+                break
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * decay(done)
+        with torch.enable_grad():
+            loss = _relative_error(_outputs(view, weights(), batch), view.target[batch]).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            limit()
+    after = block_error(view, weights)
+    if not after < before:  # NaN is not
+        with torch.no_grad():
+            for p, kept in zip(params, start, strict=True):
+                p.copy_(kept)
+        after = before
+    return Learned(before, after)
+
+
+@torch.no_grad()
+def block_error(view: BlockView, weights: Weights) -> float:
+    """Mean over all calibration tokens of |y - t|^2 / |t|^2, with y the block's output and t the original's.
+
+    Relative to each token: a few of them carry activations hundreds of times larger than all others, and what reads the
+    stream normalizes it.
+    """
+    fixed = weights()
+    sums = [
+        float(_relative_error(_outputs(view, fixed, batch), view.target[batch]).sum().double())
+        for batch in torch.split(torch.arange(len(view.x)), max(1, TOKENS_AT_ONCE // view.x.shape[1]))
+    ]
+    return sum(sums) / (view.x.shape[0] * view.x.shape[1])
+
+
+def _outputs(view: BlockView, weights: Mapping[str, Tensor], batch: Tensor) -> Tensor:
+    """What the block gives for some sequences [n] with these tensors in place of its parameters."""
+    return cast(Tensor, functional_call(view.block, dict(weights), (view.x[batch], view.rotation)))
+
+
+def _relative_error(y: Tensor, target: Tensor) -> Tensor:
+    """[sequences, time]"""
+    size = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return (y - target).square().sum(-1) / size
+
+
+def batches_of(count: int, size: int, steps: int, generator: torch.Generator) -> Sequence[Tensor]:
+    """Indices of the sequences of each step: each sequence once, in a drawn order, before any comes again."""
+    size = min(size, count)
+    rounds = -(-steps * size // count)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)] or [torch.empty(0).long()])
+    return [order[i * size : (i + 1) * size] for i in range(steps)]

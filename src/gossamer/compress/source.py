@@ -1,0 +1,81 @@
+"""The float model that a compression starts from, a block or a few rows at a time. Knows no method, no work folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import Checkpoint
+from ..model import FAMILIES
+from ..model.decoder import Block, Rotation
+from ..model.families import NORMS
+
+EMBED_AT_ONCE = 4 << 20
+"""Weights of the embedding that are looked at in one piece."""
+
+
+class Source:
+    """A checkpoint's blocks and embedding in float32."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config = checkpoint.config
+        self.family = FAMILIES[self.config.family]
+
+    def weight(self, module: str) -> Tensor:
+        """A linear layer's weight [out, in], before it is compressed."""
+        return self.checkpoint.tensor(f"{module}.weight")
+
+    def dense(self, name: str, rows: slice | None = None) -> Tensor:
+        """A tensor that stays in float, as an output would store it, in float32."""
+        return self.checkpoint.tensor(name, rows, self.checkpoint.dtype).float()
+
+    def block(
+        self, i: int, weight: Callable[[str, str], Tensor] | None = None, dense: Callable[[str], Tensor] | None = None
+    ) -> Block:
+        """Block i in float32: linear weights from `weight(module, role)`, norms and biases from `dense(name)`."""
+        weight = weight or (lambda module, role: self.weight(module))
+        dense = dense or self.dense
+        with torch.device("meta"):
+            block = Block(self.config, i)
+        for role in self.config.layers[i].linear_shapes(self.config.hidden_size):
+            module, linear = self.family.module(role, i), getattr(block, role)
+            linear.weight = nn.Parameter(weight(module, role), requires_grad=False)
+            if self.config.layers[i].has_bias(role):
+                linear.bias = nn.Parameter(dense(f"{module}.bias"), requires_grad=False)
+        for role in NORMS:
+            norm = dense(f"{self.family.module(role, i)}.weight")
+            getattr(block, role).weight = nn.Parameter(norm, requires_grad=False)
+        return block.eval()
+
+    def dense_names(self, i: int) -> dict[str, tuple[str, str]]:
+        """Tensors of block i that stay in float: name -> (role, `weight` or `bias`)."""
+        names = {f"{self.family.module(role, i)}.weight": (role, "weight") for role in NORMS}
+        for role in self.config.layers[i].linear_shapes(self.config.hidden_size):
+            if self.config.layers[i].has_bias(role):
+                names[f"{self.family.module(role, i)}.bias"] = (role, "bias")
+        return names
+
+    def embed(self, tokens: Tensor, rows: Callable[[slice], Tensor] | None = None) -> Tensor:
+        """Embedded tokens [sequences, time, hidden]; `rows` gives rows of the embedding, here those of the source."""
+        name = f"{self.family.embed}.weight"
+        rows = rows or (lambda part: self.dense(name, part))
+        x = torch.empty(*tokens.shape, self.config.hidden_size)
+        step = max(1, EMBED_AT_ONCE // self.config.hidden_size)
+        for start in range(0, self.config.vocab_size, step):
+            stop = min(start + step, self.config.vocab_size)
+            here = (tokens >= start) & (tokens < stop)
+            if here.any():
+                x[here] = rows(slice(start, stop))[tokens[here] - start]
+        return x
+
+    def head(self) -> Tensor:
+        """Weight of the head [vocabulary, hidden]: the embedding, if it is tied."""
+        module = self.family.embed if self.config.tie_embeddings else self.family.head
+        return self.dense(f"{module}.weight")
+
+    def rotation(self, time: int) -> Rotation:
+        """Rotary factors of the first `time` positions, for any batch."""
+        return Rotation(torch.arange(time).unsqueeze(0), self.config.rope, self.config.layers[0].head_dim)

@@ -1,0 +1,186 @@
+"""Tuners: one file per method, and the training that they share.
+
+The whole compressed model is trained so that its next-token distribution approaches the original's: the loss is the KL
+divergence from the original, on the calibration tokens, which by default the original has written itself (LLM-QAT,
+arXiv 2305.17888). Knows a TunedModel and parameters; knows no method's choice of what to train.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from ...formats import Codebook, Format, Integer
+from ...model import ModelConfig
+from ..blockwise import batches_of, cosine
+from ..method import Options, Tuner
+from ..tunedlinear import TunedLinear
+from ..tuning import TunedModel
+
+JUDGES = 2
+"""Calibration sequences that are kept back to judge by, where there are at least eight."""
+WARM_UP = 3
+"""Steps in which learning rates rise: Adam's first ones know little of the gradient's size."""
+
+
+class TuneOptions(Options):
+    """Options of every tuner."""
+
+    steps: int = Field(default=32, ge=0, le=1_000_000, description="optimizer steps")
+    batch_size: int = Field(default=2, ge=1, le=1024, description="calibration sequences in a step")
+    positions: int | None = Field(
+        default=256,
+        ge=1,
+        description="positions of each sequence whose predictions are compared, drawn anew; null: all",
+    )
+    seconds: float | None = Field(
+        default=None, gt=0, description="ends the training early; the result then depends on the machine's speed"
+    )
+    save_every: int = Field(default=16, ge=1, description="steps after which a killed run goes on")
+    norms: bool = Field(default=True, description="train norm weights too")
+    norm_rate: float = Field(default=5e-4, ge=0, description="learning rate of norm weights")
+
+
+class ModelTuner(Tuner):
+    """A tuner with options of this module."""
+
+    options: TuneOptions
+
+    def peak_bytes(self, config: ModelConfig, sequences: int, length: int) -> int:
+        """Memory of what is trained, of Adam, and of a step with all its sequences."""
+        return super().peak_bytes(config, sequences, min(self.options.batch_size, sequences) * length)
+
+
+def groups_of(model: TunedModel, **rates: float) -> list[dict[str, Any]]:
+    """Parameter groups of all that is trainable, with a learning `rate` by the last part of its name.
+
+    Rates of `scale` and `levels` are relative to the mean size of the layer's own, those of `latent` (the weights
+    behind the codes) count in mean steps of its grid, so that one number serves all layers; all others are taken as
+    they are.
+    """
+    layers, groups = dict(model.named_modules()), []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        path, _, kind = name.rpartition(".")
+        rate = rates[kind]
+        if kind in ("scale", "levels"):
+            rate *= float(parameter.detach().abs().mean())
+        elif kind == "latent":
+            layer = cast(TunedLinear, layers[path])
+            assert layer.scale is not None
+            rate *= float(layer.scale.detach().mean()) * step_of(layer.form)
+        groups.append({"params": [parameter], "rate": rate})
+    return groups
+
+
+def step_of(form: Format | None) -> float:
+    """Mean distance between neighbours of a grid, in scales."""
+    if form is None or isinstance(form, Integer):
+        return 1.0
+    return 2 * form.reach / (2**form.bits - 1) if isinstance(form, Codebook) else 1.0
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Mean KL divergence from the original on the judging sequences, and the steps that were taken."""
+
+    before: float
+    after: float
+    steps: int
+
+
+def distill(model: TunedModel, groups: Sequence[dict[str, Any]], options: TuneOptions) -> Tuned:
+    """Train parameter groups, each with its learning `rate`; a killed training goes on where it was saved.
+
+    The parameters are left at the better of start and end by sequences that were not trained on (unless there are
+    fewer than eight): a training that diverges changes nothing.
+    """
+    groups = [group for group in groups if group["params"] and group["rate"]]
+    training, judging = _parted(model.tokens)
+    plan = list(_steps(model, training, options))
+    before = divergence(model, judging)
+    if not groups or not plan:
+        return Tuned(before, before, 0)
+    start = [p.detach().clone() for group in groups for p in group["params"]]
+    optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-12, fused=True)
+    first, _ = model.restore(optimizer)
+    taken = _train(model, optimizer, plan, first, options)
+    after = divergence(model, judging)
+    if not after < before:  # NaN is not
+        with torch.no_grad():
+            for p, kept in zip((p for group in groups for p in group["params"]), start, strict=True):
+                p.copy_(kept)
+        after = before
+    return Tuned(before, after, taken)
+
+
+def _train(
+    model: TunedModel,
+    optimizer: torch.optim.Optimizer,
+    plan: Sequence[tuple[Tensor, Tensor]],
+    first: int,
+    options: TuneOptions,
+) -> int:
+    """Take the planned steps from `first` on; returns how many are taken in all."""
+    began = time.monotonic()
+    for step in range(first, len(plan)):
+        done = step / len(plan)
+        if options.seconds is not None:
+            done = max(done, (time.monotonic() - began) / options.seconds)
+            if done >= 1:
+                return step
+        model.progress("tuning", step, len(plan))
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * cosine(done) * min(1.0, (step + 1) / WARM_UP)
+        tokens, positions = plan[step]
+        with torch.enable_grad():
+            loss = kl_divergence(*_logits(model, tokens, positions)).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % options.save_every == 0 and step + 1 < len(plan):
+            model.save(step + 1, optimizer)
+    model.progress("tuning", len(plan), len(plan))
+    return len(plan)
+
+
+@torch.no_grad()
+def divergence(model: TunedModel, tokens: Tensor) -> float:
+    """Mean KL divergence of the model from the original over all positions of tokens [sequences, time]."""
+    everywhere = torch.arange(tokens.shape[1])
+    found = [kl_divergence(*_logits(model, row.unsqueeze(0), everywhere)).mean() for row in tokens]
+    return float(torch.stack(found).mean())
+
+
+def kl_divergence(original: Tensor, model: Tensor) -> Tensor:
+    """sum p (log p - log q) over the last axis of logits [.., vocabulary]; p the original's probabilities."""
+    p, q = F.log_softmax(original, -1), F.log_softmax(model, -1)
+    return (p.exp() * (p - q)).sum(-1)
+
+
+def _logits(model: TunedModel, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [sequences, positions, vocabulary] of the original and of the model."""
+    with torch.no_grad():
+        original = model.teacher_logits(tokens, positions)
+    return original, model.logits(model.hidden(tokens)[:, positions])
+
+
+def _parted(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Sequences to train on, and those to judge by."""
+    return (tokens[:-JUDGES], tokens[-JUDGES:]) if len(tokens) >= 8 else (tokens, tokens)
+
+
+def _steps(model: TunedModel, tokens: Tensor, options: TuneOptions) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens [batch, time] and positions of every step, drawn by the model's generator."""
+    time_ = tokens.shape[1]
+    count = min(options.positions or time_, time_)
+    for batch in batches_of(len(tokens), options.batch_size, options.steps, model.generator):
+        yield tokens[batch], torch.randperm(time_, generator=model.generator)[:count].sort().values

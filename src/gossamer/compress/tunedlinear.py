@@ -1,0 +1,205 @@
+"""A linear layer whose weight is computed from codes in every forward pass: a gradient reaches what scales them.
+
+Knows one weight and its format; knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import CompressionError, NumericalError
+from ..formats import Codes, Format, Integer
+
+
+class TunedLinear(nn.Module):
+    """x [.., in] -> [.., out], by codes or by a float weight that stays as it is."""
+
+    def __init__(self, name: str, form: Format | None, weight: Codes | Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.name = name
+        self.form = form
+        """None: a float weight."""
+        self.extra: nn.Module | None = None
+        """What is added to the layer's output, such as a low-rank adapter: x [.., in] -> [.., out]."""
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.scale: nn.Parameter | None = None
+        self.zero: nn.Parameter | None = None
+        self.levels: nn.Parameter | None = None
+        self.latent: nn.Parameter | None = None
+        """[out, in] the weights behind the codes, if they are trained."""
+        if isinstance(weight, Tensor):
+            self._dense: Tensor | None = weight
+            return
+        self._dense, self._codes = None, weight
+        if weight.levels is not None and weight.levels.ndim == 2:  # a row's own levels are what is stored, not a scale
+            self.levels = nn.Parameter(weight.levels.float(), requires_grad=False)
+        else:
+            self.scale = nn.Parameter(weight.scale.float().clone(), requires_grad=False)
+        if weight.zero is not None:
+            self.zero = nn.Parameter(weight.zero.float(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight(), self.bias)
+        return y if self.extra is None else y + self.extra(x)
+
+    def trainable(self, scales: bool, zeros: bool) -> Iterator[nn.Parameter]:
+        """Those of the layer's parameters that may be trained."""
+        chosen = (scales and self.scale, scales and self.levels, zeros and self.zero, self.latent)
+        yield from (parameter for parameter in chosen if isinstance(parameter, nn.Parameter))
+
+    def weight(self) -> Tensor:
+        """The float32 weight [out, in] as it would be stored now, differentiable by what is trainable."""
+        if self._dense is not None:
+            return self._dense
+        if self.latent is not None:
+            weight = self._rounded(self.latent)
+        elif self.levels is not None:
+            index = self._codes.codes.long()
+            weight = (self._levels().gather(1, index).view(*self._codes.scale.shape, -1) * self._scales()).flatten(1)
+        else:
+            weight = (self._steps(self._codes.codes) * self._scales()).flatten(1)
+        return self._with_outliers(weight)
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """Rows [.., in] of the weight [out, in] for tokens [..]: what an embedding gives."""
+        if self._dense is not None:
+            return F.embedding(tokens, self._dense)
+        rows = tokens.flatten()
+        weight = self._steps(self._codes.codes, rows) * self._scales()[rows]
+        return weight.view(*tokens.shape, -1)
+
+    def begin_latent(self, weight: Tensor | None) -> None:
+        """Train the weights behind the codes, begun at `weight` [out, in] or at what the codes stand for."""
+        if self.form is None or self.levels is not None:
+            raise CompressionError(f"{self.name}: weights of a model in training can only be rounded to a scaled grid")
+        if weight is None:
+            with torch.no_grad():
+                weight = (self._steps(self._codes.codes) * self._scales()).flatten(1)
+        else:
+            weight = self._without_outliers(weight)
+        self.latent = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+    @torch.no_grad()
+    def add(self, delta: Tensor) -> None:
+        """Add a float matrix [out, in] to the weight, and round it to the present grid."""
+        assert self.form is not None
+        self._codes = self._with_codes(self._nearest(self._without_outliers(self.weight() + delta)))
+
+    @torch.no_grad()
+    def codes(self) -> Codes:
+        """What is to be stored now. Raises NumericalError if the weight is not finite."""
+        if not torch.isfinite(self.weight()).all():
+            raise NumericalError(
+                f"{self.name}: the weight is not finite after training", hint="take a lower learning rate"
+            )
+        return self._with_codes(self._codes.codes if self.latent is None else self._nearest(self.latent))
+
+    def _with_codes(self, codes: Tensor) -> Codes:
+        zero = self._zeros()
+        return Codes(
+            codes,
+            self._scales().detach().squeeze(-1),
+            None if zero is None else zero.detach().squeeze(-1).to(torch.int8),
+            self._codes.levels if self.levels is None else self._levels().detach(),
+            self._codes.outliers,
+        )
+
+    def _nearest(self, weight: Tensor) -> Tensor:
+        """Codes [out, in] of the grid's points nearest to a weight [out, in]."""
+        assert self.form is not None
+        scale = self._scales().detach()
+        codes = self.form.round(weight.view(*scale.shape[:2], -1), scale, self._zeros())
+        return codes.to(self._codes.codes.dtype).flatten(1)
+
+    def _rounded(self, latent: Tensor) -> Tensor:
+        """The grid's points nearest to a latent weight [out, in]; the gradient passes where it is not clipped."""
+        assert self.form is not None
+        scale = self._scales()
+        with torch.no_grad():
+            codes = self.form.round(latent.view(*scale.shape[:2], -1), scale, self._zeros())
+        steps = self._steps(codes.to(self._codes.codes.dtype).flatten(1))
+        share = latent.view(*scale.shape[:2], -1) / scale
+        low, high = self._reach()
+        inside = (share.detach() >= low) & (share.detach() <= high)
+        through = torch.where(inside, _straight_through(steps.detach(), share), steps)
+        return (through * scale).flatten(1)
+
+    def _reach(self) -> tuple[Tensor, Tensor]:
+        """Least and largest step of the grid: numbers, or [out, groups, 1] with zero points."""
+        if self._codes.levels is not None:
+            finite = self._codes.levels.float()
+            finite = finite[finite.isfinite()]
+            return finite.min(), finite.max()
+        top = 2 ** (self._bits() - 1)
+        zero = self._zeros()
+        shift = torch.zeros(()) if zero is None else zero.detach()
+        return -top - shift, top - 1 - shift
+
+    def _bits(self) -> int:
+        assert isinstance(self.form, Integer)
+        return self.form.bits
+
+    def _steps(self, codes: Tensor, rows: Tensor | None = None) -> Tensor:
+        """What codes [out, in] (or these rows of them) stand for in units of their scale: [out, groups, columns]."""
+        grouped = codes.view(*self._codes.scale.shape, -1)
+        grouped = grouped if rows is None else grouped[rows]
+        if self._codes.levels is not None:
+            return self._codes.levels.float()[grouped.long()]
+        zero = self._zeros()
+        if zero is None:
+            return grouped.float()
+        return grouped.float() - (zero if rows is None else zero[rows])
+
+    def _scales(self) -> Tensor:
+        """Scales [out, groups, 1] as they are stored, with a gradient as if they were not rounded."""
+        if self.scale is None:
+            return self._codes.scale.float().unsqueeze(-1)
+        stored = _as_stored(self.form, self.scale.detach())
+        return _straight_through(stored, self.scale).unsqueeze(-1)
+
+    def _levels(self) -> Tensor:
+        """A row's own levels [out, levels] as they are stored, with a gradient as if they were not rounded."""
+        assert self.levels is not None
+        assert self.form is not None
+        stored = self.levels.detach().to(self.form.scale_dtype).float()
+        return _straight_through(stored, self.levels)
+
+    def _zeros(self) -> Tensor | None:
+        """Zero points [out, groups, 1], rounded to the range of the codes, with a gradient as if they were not."""
+        if self.zero is None:
+            return None
+        top = 2 ** (self._bits() - 1)
+        whole = self.zero.detach().round().clamp(-top, top - 1)
+        return _straight_through(whole, self.zero).unsqueeze(-1)
+
+    def _with_outliers(self, weight: Tensor) -> Tensor:
+        outliers = self._codes.outliers
+        if outliers is None:
+            return weight
+        return weight.index_put((outliers.rows.long(), outliers.columns.long()), outliers.values, accumulate=True)
+
+    def _without_outliers(self, weight: Tensor) -> Tensor:
+        """What is left of a float weight [out, in] for the grid to stand for."""
+        outliers = self._codes.outliers
+        if outliers is None:
+            return weight
+        return weight.index_put((outliers.rows.long(), outliers.columns.long()), -outliers.values, accumulate=True)
+
+
+def _straight_through(value: Tensor, parameter: Tensor) -> Tensor:
+    """Exactly `value`, with the gradient of `parameter`."""
+    return value + (parameter - parameter.detach())
+
+
+def _as_stored(form: Format | None, scale: Tensor) -> Tensor:
+    """Scales as the format stores them, never zero: a grid of one point would end a training."""
+    assert form is not None
+    if not isinstance(form, Integer):
+        high = scale.clamp(min=4 * torch.finfo(torch.float32).smallest_normal) * form.reach
+        return form.fit(torch.zeros_like(high), high)[0]
+    smallest = torch.finfo(form.scale_dtype).smallest_normal
+    return scale.clamp(min=smallest).to(form.scale_dtype).float()

@@ -1,0 +1,284 @@
+"""The compressed model with trainable scales, as a Tuner sees it, and the original's logits beside it.
+
+Weights are computed from their codes in every forward pass, so gradients reach scales (and zero points, norms, or the
+weights behind the codes); blocks are computed again in the backward pass, so that memory holds one of them in float.
+Knows codes, blocks and logits; knows no recipe and no loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from ..errors import CompressionError, NumericalError
+from ..formats import Dense, Format
+from ..model.decoder import Block, RMSNorm, Rotation
+from .tunedlinear import TunedLinear
+from .walk import advance
+
+if TYPE_CHECKING:
+    from ..checkpoint.safetensors_io import SafetensorsFile
+    from .method import Tuner
+    from .source import Source
+    from .units import Units
+
+Progress = Callable[[str, int, int], None]
+FILE_PREFIX = "file:"
+"""Before the name of a tensor whose bytes are a file of the output, not a tensor of the model."""
+
+
+class TunedModel(nn.Module):
+    """The compressed model [sequences, time] -> logits [sequences, time, vocabulary], in float32.
+
+    Nothing is trainable until `trainable` says so. Blocks are in `blocks`, with a `TunedLinear` for each linear layer.
+    """
+
+    def __init__(
+        self, units: Units, teacher: Source, tokens: Tensor, progress: Progress, stage: int, seed: int
+    ) -> None:
+        super().__init__()
+        self.config = units.source.config
+        self.tokens = tokens
+        """[sequences, time] the calibration tokens: what there is to train on."""
+        self.progress = progress
+        """progress(label, done, total)"""
+        self.generator = torch.Generator().manual_seed((seed * 1_000_003 + 7919 * (stage + 1)) % 2**63)
+        """For what a tuner draws before it trains. What is drawn later must follow from the step, or be saved."""
+        self.files: dict[str, bytes] = {}
+        """Name -> content of files that the output folder gets besides the model, such as an adapter."""
+        self._units, self._source = units, units.source
+        self._state_unit = f"tuning-{stage}"
+        self._teacher = _Teacher(teacher, tokens)
+        files = units.where()
+        self.embed = self._end(files, self._source.family.embed)
+        self.blocks = nn.ModuleList(self._block(files, i) for i in range(self.config.num_layers))
+        self.final_norm = RMSNorm(self.config.hidden_size, self.config.norm_eps)
+        self.final_norm.weight.copy_(self._dense(files, f"{self._source.family.final_norm}.weight"))
+        tied = self.config.tie_embeddings
+        self.head = self.embed if tied else self._end(files, self._source.family.head)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits [sequences, time, vocabulary] of tokens [sequences, time]."""
+        return self.logits(self.hidden(tokens))
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Hidden states [sequences, time, hidden] before the final norm."""
+        x = self.embed.look_up(tokens)
+        rotation = self._source.rotation(tokens.shape[1])
+        for block in self.blocks:
+            x = recompute(block, x, rotation, use_reentrant=False) if torch.is_grad_enabled() else block(x, rotation)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [.., vocabulary] of hidden states [.., hidden]: final norm and head."""
+        return F.linear(self.final_norm(hidden), self.head.weight())
+
+    def teacher_logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits [sequences, time, vocabulary] of the original model, without a gradient; or at these positions only.
+
+        The hidden states of calibration sequences are computed once, a block at a time; those of others every time.
+        """
+        return self._teacher.logits(tokens, positions)
+
+    def linears(self) -> dict[str, TunedLinear]:
+        """Module name -> linear layer of the blocks, in the model's order."""
+        family = self._source.family
+        return {
+            family.module(role, i): getattr(block, role)
+            for i, block in enumerate(self.blocks)
+            for role in self.config.layers[i].linear_shapes(self.config.hidden_size)
+        }
+
+    def trainable(
+        self,
+        *,
+        scales: bool = True,
+        zeros: bool = False,
+        norms: bool = False,
+        ends: bool = False,
+        latent: Literal["codes", "weights"] | None = None,
+    ) -> dict[str, nn.Parameter]:
+        """Make parameters trainable, and give them by name.
+
+        `scales` (a k-means row's levels stand for them) and `zeros` of the blocks' linear layers; `norms`: all norm
+        weights; `ends`: scales of a packed embedding and head as well. `latent`: the weights themselves, which are
+        rounded in every forward pass (straight-through estimator, LSQ's gradient for scales: arXiv 1902.08153), begun
+        at what the codes stand for, or at the original weights, which must not have been folded.
+        """
+        layers = list(self.linears().items())
+        for name, layer in layers:
+            if latent is not None:
+                layer.begin_latent(None if latent == "codes" else self._original(name))
+        if ends:
+            layers += [(n, e) for n, e in (("embed", self.embed), ("head", self.head)) if e.form is not None]
+        for _, layer in layers:
+            for parameter in layer.trainable(scales, zeros):
+                parameter.requires_grad_()
+        for name, parameter in self.named_parameters():
+            if norms and name.endswith("norm.weight"):
+                parameter.requires_grad_()
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    # Checkpoints of a training.
+
+    def save(
+        self, step: int, optimizer: torch.optim.Optimizer | None = None, extra: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Make a training durable after `step` steps: what is trainable, the optimizer's state, and `extra` tensors.
+
+        Whatever else decides the steps to come must follow from `step`, or a resumed training ends differently.
+        """
+        tensors = {f"parameter.{n}": p.detach() for n, p in self.named_parameters() if p.requires_grad}
+        tensors |= {f"extra.{name}": tensor for name, tensor in (extra or {}).items()}
+        if optimizer is not None:
+            for i, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{i}.{key}": torch.as_tensor(value) for key, value in state.items()}
+        plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self._units.write(self._state_unit, plain, {"step": step}, file=f"{self._state_unit}-{step:08d}")
+
+    def restore(self, optimizer: torch.optim.Optimizer | None = None) -> tuple[int, dict[str, Tensor]]:
+        """Go back to the last `save` of a run that was killed: (steps done, extra tensors); (0, {}) if there is none.
+
+        Call it with the same parameters trainable, and an optimizer over them in the same order.
+        """
+        if not self._units.is_done(self._state_unit):
+            return 0, {}
+        file = self._units.open(self._state_unit)
+        saved = {name: file.read(name) for name in file.names()}
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(saved[f"parameter.{name}"])
+        if optimizer is not None:
+            whole = optimizer.state_dict()
+            whole["state"] = {}
+            for name, tensor in saved.items():
+                if name.startswith("optimizer."):
+                    _, i, key = name.split(".", 2)
+                    whole["state"].setdefault(int(i), {})[key] = tensor
+            optimizer.load_state_dict(whole)
+        extra = {n.removeprefix("extra."): t for n, t in saved.items() if n.startswith("extra.")}
+        return int(self._units.notes(self._state_unit)["step"]), extra
+
+    # Between the model in training and the tensors on disk.
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that tuning may have changed, as the output stores it. Raises NumericalError."""
+        for name, layer in self._packed():
+            assert layer.form is not None
+            for local, tensor in layer.form.pack(layer.codes()).items():
+                yield f"{name}.{local}", tensor
+        for name, norm in self._norms():
+            if not torch.isfinite(norm.weight).all():
+                raise NumericalError(f"{name} is not finite after training", hint="take a lower learning rate")
+            yield f"{name}.weight", norm.weight.detach().to(self._source.checkpoint.dtype)
+
+    def _packed(self) -> Iterator[tuple[str, TunedLinear]]:
+        family = self._source.family
+        if self.embed.form is not None:
+            yield family.embed, self.embed
+        yield from self.linears().items()
+        if not self.config.tie_embeddings and self.head.form is not None:
+            yield family.head, self.head
+
+    def _norms(self) -> Iterator[tuple[str, RMSNorm]]:
+        family = self._source.family
+        for i, block in enumerate(self.blocks):
+            yield family.module("attn_norm", i), cast(RMSNorm, block.attn_norm)
+            yield family.module("ffn_norm", i), cast(RMSNorm, block.ffn_norm)
+        yield family.final_norm, self.final_norm
+
+    def _end(self, files: Mapping[str, SafetensorsFile], module: str) -> TunedLinear:
+        form = self._units.form(module)
+        if isinstance(form, Dense):
+            return TunedLinear(module, None, self._source.dense(f"{module}.weight"), None)
+        return self._linear(files, module, form, None)
+
+    def _linear(
+        self, files: Mapping[str, SafetensorsFile], module: str, form: Format, bias: Tensor | None
+    ) -> TunedLinear:
+        stored = self._units.stored(files, module)
+        return TunedLinear(module, form, form.codes(stored), bias)
+
+    def _block(self, files: Mapping[str, SafetensorsFile], i: int) -> Block:
+        with torch.device("meta"):
+            block = Block(self.config, i)
+        for role in self.config.layers[i].linear_shapes(self.config.hidden_size):
+            module = self._source.family.module(role, i)
+            bias = self._dense(files, f"{module}.bias") if self.config.layers[i].has_bias(role) else None
+            setattr(block, role, self._linear(files, module, self._units.form(module), bias))
+        for role in ("attn_norm", "ffn_norm"):
+            weight = self._dense(files, f"{self._source.family.module(role, i)}.weight")
+            getattr(block, role).weight = nn.Parameter(weight, requires_grad=False)
+        return block.eval()
+
+    def _dense(self, files: Mapping[str, SafetensorsFile], name: str) -> Tensor:
+        return files[name].read(name).float() if name in files else self._source.dense(name)
+
+    def _original(self, module: str) -> Tensor:
+        """The float weight of a layer. Raises CompressionError if a method has folded scales through the model."""
+        folded = [name for name in self._units.where() if name.endswith("norm.weight")]
+        if folded:
+            raise CompressionError(
+                f"the original weights do not fit this model: {folded[0]} was changed when it was quantized",
+                hint="begin the training at the codes, or quantize with a method that folds nothing",
+            )
+        return self._source.weight(module)
+
+
+class _Teacher:
+    """The original's logits; its hidden states for the calibration are kept, for other tokens they are not."""
+
+    def __init__(self, source: Source, tokens: Tensor) -> None:
+        self._source, self._tokens = source, tokens
+        self._known: dict[bytes, Tensor] = {}
+        self._ends: tuple[RMSNorm, Tensor] | None = None
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
+        if not self._known:
+            self._known = dict(zip(map(_key, self._tokens), self._hidden(self._tokens), strict=True))
+        new = [row for row in tokens if _key(row) not in self._known]
+        fresh = dict(zip(map(_key, new), self._hidden(torch.stack(new)), strict=True)) if new else {}
+        hidden = torch.stack([self._known.get(_key(row), fresh.get(_key(row))) for row in tokens])  # type: ignore[misc]
+        norm, head = self._norm_and_head()
+        return F.linear(norm(hidden if positions is None else hidden[:, positions]), head)
+
+    def _norm_and_head(self) -> tuple[RMSNorm, Tensor]:
+        if self._ends is None:
+            config, family = self._source.config, self._source.family
+            norm = RMSNorm(config.hidden_size, config.norm_eps)
+            norm.weight.copy_(self._source.dense(f"{family.final_norm}.weight"))
+            self._ends = norm, self._source.head()
+        return self._ends
+
+    def _hidden(self, tokens: Tensor) -> Tensor:
+        """[sequences, time, hidden] before the final norm; the original's blocks are read one after another."""
+        x = self._source.embed(tokens)
+        rotation: Rotation = self._source.rotation(tokens.shape[1])
+        for i in range(self._source.config.num_layers):
+            advance(self._source.block(i), x, rotation)
+        return x
+
+
+def _key(row: Tensor) -> bytes:
+    return hashlib.sha256(row.long().contiguous().numpy().tobytes()).digest()
+
+
+def tune(
+    units: Units, stage: int, tuner: Tuner, teacher: Source, tokens: Tensor, progress: Progress, seed: int
+) -> None:
+    """Run tuner number `stage` over the finished units, and make what it leaves behind a unit of its own."""
+    model = TunedModel(units, teacher, tokens, progress, stage, seed)
+    with torch.enable_grad():
+        tuner.tune(model)
+    tensors = dict(model.stored())
+    for name, content in model.files.items():
+        tensors[FILE_PREFIX + name] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    units.write(units.tuned[stage], tensors, {"layers": []})

@@ -1,0 +1,111 @@
+"""The finished pieces of one run, durable in its work folder: each a file of stored tensors and a line of the journal.
+
+A unit is computed from the source, the calibration tokens and the units before it, never from anything that only lives
+in memory. Where several units hold a tensor, the last one counts: a later stage has changed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.safetensors_io import SafetensorsFile, whole, write_safetensors
+from ..formats import Dense, Format
+from ..model.decoder import Block
+from .journal import Journal
+from .plan import Plan
+from .source import Source
+
+
+class Units:
+    """What is done of a run over `source` by `plan`, and how to read it back."""
+
+    def __init__(self, folder: Path, journal: Journal, source: Source, plan: Plan, tuners: int) -> None:
+        self.folder, self.journal, self.source, self.plan = folder, journal, source, plan
+        self.tuned = [f"tuned-{n}" for n in range(tuners)]
+
+    def names(self) -> list[str]:
+        """Units that make up the output, in the order in which they are made."""
+        family, formats = self.source.family, self.plan.formats
+        ends = [m for m in (family.embed, family.head) if not isinstance(formats.get(m, Dense()), Dense)]
+        return ends + [block_unit(i) for i in range(self.source.config.num_layers)] + self.tuned
+
+    def is_done(self, unit: str) -> bool:
+        return unit in self.journal.done
+
+    def notes(self, unit: str) -> dict[str, Any]:
+        """What was recorded with a finished unit."""
+        notes: dict[str, Any] = self.journal.done[unit]["notes"]
+        return notes
+
+    def write(self, unit: str, tensors: Mapping[str, Tensor], notes: Mapping[str, Any], file: str = "") -> None:
+        """Finish a unit: it is done once this returns. One that is written again needs another `file` name."""
+        path = self.folder / f"{file or unit}.safetensors"
+        write_safetensors(path, [whole(name, t) for name, t in tensors.items()])
+        self.journal.add(unit, path, notes)
+
+    def open(self, unit: str) -> SafetensorsFile:
+        """The tensors of a finished unit."""
+        return SafetensorsFile(self.folder / self.journal.done[unit]["file"])
+
+    def form(self, module: str) -> Format:
+        return self.plan.formats[module]
+
+    def stored(self, files: Mapping[str, SafetensorsFile], module: str) -> dict[str, Tensor]:
+        """Stored tensors of a packed module by their local names."""
+        return {local: files[f"{module}.{local}"].read(f"{module}.{local}") for local in self.locals(files, module)}
+
+    def locals(self, files: Mapping[str, SafetensorsFile], module: str) -> list[str]:
+        """Local names of a packed module's stored tensors."""
+        prefix = f"{module}."
+        return sorted(name.removeprefix(prefix) for name in files if name.startswith(prefix + "weight"))
+
+    def where(self, *units: str) -> dict[str, SafetensorsFile]:
+        """Tensor name -> the file of the last of these units that holds it; here of all that are done."""
+        found: dict[str, SafetensorsFile] = {}
+        for unit in units or self.names():
+            if self.is_done(unit):
+                file = self.open(unit)
+                found |= dict.fromkeys(file.names(), file)
+        return found
+
+    def finished_block(self, i: int) -> Block:
+        """Block i in float32 as the output will have it before any tuning."""
+        files = self.where(block_unit(i))
+
+        def weight(module: str, role: str) -> Tensor:
+            return self.form(module).unpack(self.stored(files, module))
+
+        def dense(name: str) -> Tensor:
+            return files[name].read(name).float() if name in files else self.source.dense(name)
+
+        return self.source.block(i, weight, dense)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embedded tokens [sequences, time, hidden], as the output will embed them before any tuning."""
+        module = self.source.family.embed
+        form = self.form(module)
+        rows: Callable[[slice], Tensor] | None = None
+        if not isinstance(form, Dense):
+            packed = self.stored(self.where(module), module)
+            rows = lambda part: form.unpack(packed, part)  # noqa: E731
+        return self.source.embed(tokens, rows)
+
+    def changed(self, i: int, block: Block) -> dict[str, Tensor]:
+        """Norm weights and biases of a block that are not the source's, as the output stores them."""
+        found = {}
+        dtype = self.source.checkpoint.dtype
+        for name, (role, part) in self.source.dense_names(i).items():
+            value = getattr(getattr(block, role), part).detach().to(dtype)
+            if not torch.equal(value, self.source.checkpoint.tensor(name, dtype=dtype)):
+                found[name] = value.contiguous()
+        return found
+
+
+def block_unit(i: int) -> str:
+    """Name of the unit that holds block i."""
+    return f"block-{i:04d}"
