@@ -20,6 +20,7 @@ import venv
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gossamer.kernels.cpu import isas
 from gossamer.settings import cache_dir
 
 TORCH = "torch==2.13.0"
@@ -62,6 +63,8 @@ def llama_server() -> Path:
 
 def folder_of(peer: str) -> Path:
     """The folder of a complete peer. Raises KeyError for a name that is no peer, CalledProcessError if making fails."""
+    if peer == "llama.cpp-avx2" and "avx512" not in isas():
+        peer = "llama.cpp"  # the build for this machine has no AVX-512 either
     make = PEERS[peer]
     folder = cache_dir("peers") / peer
     if not (folder / ".complete").exists():

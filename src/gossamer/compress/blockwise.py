@@ -25,12 +25,11 @@ from .blockview import POINTS, BlockView
 from .method import BlockQuantizer, QuantizeOptions
 from .quantize.gptq import GPTQ, GPTQOptions
 from .quantize.grid import grid_of, quantize
+from .tunedlinear import CELL
 from .walk import TOKENS_AT_ONCE
 
 Weights = Callable[[], Mapping[str, Tensor]]
 """Parameter names of a block (`q.weight`, `attn_norm.weight`) -> what stands in their place, with gradients."""
-CELL = 0.49
-"""How far from its code, in steps, a weight may start: just inside of what rounds to it."""
 
 
 class LearnOptions(QuantizeOptions):

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ..errors import CompressionError, NumericalError
 from ..formats import Codes, Format, Integer
 
+CELL = 0.49
+"""How far from its code, in steps, a weight may start: just inside of what rounds to it."""
+
 
 class TunedLinear(nn.Module):
     """x [.., in] -> [.., out], by codes or by a float weight that stays as it is."""
@@ -66,22 +69,31 @@ class TunedLinear(nn.Module):
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """Rows [.., in] of the weight [out, in] for tokens [..]: what an embedding gives."""
-        if self._dense is not None:
-            return F.embedding(tokens, self._dense)
+        if self._dense is not None or self.latent is not None:
+            return F.embedding(tokens, self.weight())
         rows = tokens.flatten()
         weight = self._steps(self._codes.codes, rows) * self._scales()[rows]
         return weight.view(*tokens.shape, -1)
 
+    @torch.no_grad()
     def begin_latent(self, weight: Tensor | None) -> None:
-        """Train the weights behind the codes, begun at `weight` [out, in] or at what the codes stand for."""
+        """Train the weights behind the codes, begun at `weight` [out, in] or, without one, at what the codes stand for.
+
+        A weight begins where it rounds to its code, as near to where it was as that allows. On a codebook, whose cells
+        are of many sizes, one outside of its cell begins at what its code stands for.
+        """
         if self.form is None or self.levels is not None:
             raise CompressionError(f"{self.name}: weights of a model in training can only be rounded to a scaled grid")
-        if weight is None:
-            with torch.no_grad():
-                weight = (self._steps(self._codes.codes) * self._scales()).flatten(1)
-        else:
-            weight = self._without_outliers(weight)
-        self.latent = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        start = (self._steps(self._codes.codes) * self._scales()).flatten(1)
+        if weight is not None:
+            wanted = self._without_outliers(weight)
+            if isinstance(self.form, Integer):
+                reach = CELL * self._scales()
+                away = (wanted - start).view(*self._codes.scale.shape, -1)
+                start += away.clamp_(-reach, reach).flatten(1)
+            else:
+                start = torch.where(self._rounded(wanted) == start, wanted, start)
+        self.latent = nn.Parameter(start, requires_grad=False)
 
     @torch.no_grad()
     def add(self, delta: Tensor) -> None:

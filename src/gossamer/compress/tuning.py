@@ -95,6 +95,10 @@ class TunedModel(nn.Module):
             for role in self.config.layers[i].linear_shapes(self.config.hidden_size)
         }
 
+    def latents(self) -> dict[str, TunedLinear]:
+        """Module name -> every layer whose weights behind the codes are there to be trained."""
+        return {name: layer for name, layer in self._packed() if layer.latent is not None}
+
     def trainable(
         self,
         *,
@@ -103,16 +107,18 @@ class TunedModel(nn.Module):
         norms: bool = False,
         ends: bool = False,
         latent: Literal["codes", "weights"] | None = None,
+        latent_ends: bool = False,
     ) -> dict[str, nn.Parameter]:
         """Make parameters trainable, and give them by name.
 
         `scales` (a k-means row's levels stand for them) and `zeros` of the blocks' linear layers; `norms`: all norm
         weights; `ends`: scales of a packed embedding and head as well. `latent`: the weights themselves, which are
         rounded in every forward pass (straight-through estimator, LSQ's gradient for scales: arXiv 1902.08153), begun
-        at what the codes stand for, or at the original weights, which must not have been folded.
+        at what the codes stand for, or at the original weights, which must not have been folded. `latent_ends`: those
+        of a packed embedding and head, too.
         """
         layers = list(self.linears().items())
-        for name, layer in layers:
+        for name, layer in self._packed() if latent_ends else layers:
             if latent is not None:
                 layer.begin_latent(None if latent == "codes" else self._original(name))
         if ends:
@@ -120,6 +126,9 @@ class TunedModel(nn.Module):
         for _, layer in layers:
             for parameter in layer.trainable(scales, zeros):
                 parameter.requires_grad_()
+        for layer in self.latents().values():
+            assert layer.latent is not None
+            layer.latent.requires_grad_()
         for name, parameter in self.named_parameters():
             if norms and name.endswith("norm.weight"):
                 parameter.requires_grad_()

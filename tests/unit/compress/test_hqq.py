@@ -38,7 +38,7 @@ def test_no_group_loses_more_than_rounding_on_the_grid_that_it_begins_from(
     rtn = RTN(QuantizeOptions(bits=bits, clip=clip)).quantize(weight, form, None)
     before, after = (lost(weight, codes.dequantize(), 0.7, 32) for codes in (rtn, hqq))
     assert (after <= before * (1 + 1e-4)).all()
-    assert after.sum() < (0.99 if bits < 8 else 1.0001) * before.sum()  # 8 bits leave nothing to gain
+    assert after.sum() < (0.97 if bits < 8 else 1.0001) * before.sum()  # 8 bits leave nothing to gain
 
 
 def best_by_search(group: np.ndarray, bits: int, symmetric: bool, norm: float) -> float:
@@ -61,7 +61,7 @@ def test_it_comes_near_the_best_grid_that_an_exhaustive_search_finds(bits: int, 
     begun = lost(weight, start.dequantize(), 0.7, 32).sum()
     best = sum(best_by_search(row.double().numpy(), bits, symmetric, 0.7) for row in weight)
     assert found >= best * 0.97  # the search's scales are a grid, too
-    assert begun - found > 0.25 * (begun - best)
+    assert begun - found > 0.5 * (begun - best)
 
 
 def test_the_threshold_is_the_minimum_that_it_stands_for() -> None:

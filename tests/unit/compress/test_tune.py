@@ -39,12 +39,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("tune") / "model", **SHAPE)
 
 
-def tokens(sequences: int = 34) -> Tensor:
+def tokens(sequences: int = 130) -> Tensor:
     return torch.randint(0, 300, (sequences, 24), generator=torch.Generator().manual_seed(0))
 
 
-def run(model: Path, out: Path, *tuners: dict[str, Any], base: dict[str, Any] = RTN, sequences: int = 34) -> Path:
-    stages = [base, *({"steps": 20, "batch_size": 16, "positions": None, **tuner} for tuner in tuners)]
+def run(model: Path, out: Path, *tuners: dict[str, Any], base: dict[str, Any] = RTN, sequences: int = 130) -> Path:
+    stages = [base, *({"steps": 40, "batch_size": 16, "positions": None, **tuner} for tuner in tuners)]
     recipe = parse_recipe({"version": 1, "name": "r", "stages": stages}, "test")
     record = {"kind": "self", "sha256": token_hash(tokens(sequences)), "sequences": sequences, "length": 24, "seed": 0}
     calibration = Calibration(tokens(sequences), {**record, "line_hashes": [], "details": {"source": "self"}})
@@ -79,7 +79,7 @@ def test_kl_divergence_is_the_formula() -> None:
     assert kl_divergence(torch.tensor(a), torch.tensor(a) + 7).abs().max() < 1e-12  # a constant changes nothing
 
 
-@pytest.mark.parametrize(("tuner", "share"), [(SCALES, 0.99), (QAT_STAGE, 0.9), (QLORA, 0.98)])
+@pytest.mark.parametrize(("tuner", "share"), [(SCALES, 0.95), (QAT_STAGE, 0.85), (QLORA, 0.96)])
 def test_tuning_brings_the_model_nearer_to_the_original_on_text_that_it_has_not_seen(
     model: Path, tmp_path: Path, tuner: dict[str, Any], share: float
 ) -> None:

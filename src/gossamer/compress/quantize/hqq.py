@@ -5,6 +5,7 @@ HQQ (Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Mode
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ from .grid import grid_of, quantize
 
 WEIGHTS_AT_ONCE = 1 << 20
 """Bounds the temporary memory, and keeps it in the caches."""
+RANGES = (1.0, 0.85, 0.7, 0.55)
+"""What the descents begin from, as shares of the grid that `clip` gives. Codes and grid hold each other in place, so a
+descent ends near where it began: the loss has many valleys, and the best is often of a narrower grid."""
 
 
 class HQQOptions(QuantizeOptions):
@@ -38,7 +42,8 @@ class HQQ(Quantizer):
     """Alternates between the errors that are left to outliers and the grid of least squared error for the rest.
 
     The paper moves a zero point that is a fraction. Here zero points are whole numbers, as they are stored, so the
-    scale moves as well, by the same least squares; a symmetric grid has nothing else to move.
+    scale moves as well, by the same least squares; a symmetric grid has nothing else to move. The descent is repeated
+    from narrower grids (RANGES), and every group keeps the best that it saw.
     """
 
     name = "hqq"
@@ -58,24 +63,31 @@ class HQQ(Quantizer):
         return Codes.cat([self._rows(part, form) for part in torch.split(weight, rows)])
 
     def _rows(self, weight: Tensor, form: Integer) -> Codes:
-        o = self.options
-        scale, zero = grid_of(weight, form, o.clip)
+        scale, zero = grid_of(weight, form, self.options.clip)
         groups = weight.view(*scale.shape, -1)
-        grid = _Grid(scale.unsqueeze(-1), zero.unsqueeze(-1))
+        first = _Grid(scale.unsqueeze(-1), zero.unsqueeze(-1))
         # Errors are measured in steps of the grid that a group begins from: an outlier is one in any unit.
-        unit = grid.scale
-        best, least = grid, _lost(groups, grid, form, unit, o.norm)
-        beta = o.beta
-        for _ in range(o.iterations):
-            codes, value = _round(groups, grid, form)
-            outliers = shrink((groups - value) / unit, beta, o.norm) * unit
-            grid = _fitted(groups - outliers, codes, grid, form)
-            lost = _lost(groups, grid, form, unit, o.norm)
-            better = lost < least
-            least = torch.where(better, lost, least)
-            best = _Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
-            beta *= o.growth
+        unit = first.scale
+        best, least = first, _lost(groups, first, form, unit, self.options.norm)
+        for share in RANGES:
+            begin = _Grid((unit * share).to(form.scale_dtype).float(), first.zero)
+            for grid in self._descent(groups, begin, form, unit):
+                lost = _lost(groups, grid, form, unit, self.options.norm)
+                better = lost < least
+                least = torch.where(better, lost, least)
+                best = _Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
         return quantize(weight, best.scale.squeeze(-1), best.zero.squeeze(-1), form)
+
+    def _descent(self, groups: Tensor, grid: _Grid, form: Integer, unit: Tensor) -> Iterator[_Grid]:
+        """The grid to begin from and that of every iteration."""
+        beta = self.options.beta
+        yield grid
+        for _ in range(self.options.iterations):
+            codes, value = _round(groups, grid, form)
+            outliers = shrink((groups - value) / unit, beta, self.options.norm) * unit
+            grid = _fitted(groups - outliers, codes, grid, form)
+            yield grid
+            beta *= self.options.growth
 
 
 @dataclass(frozen=True)

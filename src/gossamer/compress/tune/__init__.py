@@ -24,7 +24,7 @@ from ..method import Options, Tuner
 from ..tunedlinear import TunedLinear
 from ..tuning import TunedModel
 
-JUDGES = 2
+LEAST_JUDGES, JUDGED_SHARE = 2, 1 / 16
 """Calibration sequences that are kept back to judge by, where there are at least eight."""
 WARM_UP = 3
 """Steps in which learning rates rise: Adam's first ones know little of the gradient's size."""
@@ -175,7 +175,8 @@ def _logits(model: TunedModel, tokens: Tensor, positions: Tensor) -> tuple[Tenso
 
 def _parted(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Sequences to train on, and those to judge by."""
-    return (tokens[:-JUDGES], tokens[-JUDGES:]) if len(tokens) >= 8 else (tokens, tokens)
+    judges = max(LEAST_JUDGES, int(len(tokens) * JUDGED_SHARE))
+    return (tokens[:-judges], tokens[-judges:]) if len(tokens) >= 8 else (tokens, tokens)
 
 
 def _steps(model: TunedModel, tokens: Tensor, options: TuneOptions) -> Iterator[tuple[Tensor, Tensor]]:

@@ -50,7 +50,7 @@ class QLoRA(ModelTuner):
         if o.keep:
             self._keep(model)
             return
-        begin_latent(model, scales=bool(o.scale_rate), zeros=False, norms=o.norms)
+        begin_latent(model, scales=bool(o.scale_rate), zeros=False, norms=o.norms, ends=False)
         for layer in model.linears().values():
             assert layer.latent is not None
             adapter = AddedAdapter(layer.latent, o.rank, model.generator)
