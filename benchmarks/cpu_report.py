@@ -71,7 +71,7 @@ def model_table(models: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def page(run: Mapping[str, Any]) -> str:
-    """The whole of docs/results/cpu.md."""
+    """The whole of docs/results/cpu.md, or of cpu-avx2.md."""
     machine, versions = run["machine"], run["versions"]
     named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     protocol = run["protocol"]

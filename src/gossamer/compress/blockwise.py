@@ -1,7 +1,5 @@
-"""What methods share that learn a block against the original's outputs: straight-through rounding and the training.
+"""What methods share that learn a block against the original's outputs: where it begins, and the training.
 
-Rounding has no useful gradient. The straight-through estimator (Bengio et al., arXiv 1308.3432) takes that of the
-identity in its place; how scales and zero points then learn is derived in LSQ+ (Bhalgat et al., arXiv 2004.09576).
 Knows a BlockView and integer grids; knows no method's choice of what to learn.
 """
 
@@ -18,7 +16,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.func import functional_call
 
-from ..errors import CompressionError, NumericalError
+from ..errors import CompressionError
 from ..formats import Codes, Format, Integer
 from ..model import ModelConfig
 from .blockview import POINTS, BlockView
@@ -56,72 +54,6 @@ class BlockLearner(BlockQuantizer):
     def peak_bytes(self, config: ModelConfig, index: int, sequences: int, length: int) -> int:
         """Memory of Adam over every weight of block `index`, and of the activations of a step."""
         return super().peak_bytes(config, index, sequences, min(self.options.batch_size, sequences) * length)
-
-
-class _FakeQuantize(torch.autograd.Function):
-    """(clamp(round(w / s + z)) - z) * s for groups: w [out, groups, columns], s and z [out, groups, 1].
-
-    With q the clamped code and `inside` where nothing was clamped, the straight-through gradients are
-    dw = inside,  ds = q - z - inside * w / s,  dz = -s * (1 - inside).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, w: Tensor, s: Tensor, z: Tensor, low: int, high: int) -> Tensor:
-        steps = w / s
-        free = (steps + z).round_()
-        code = free.clamp(low, high)
-        inside = free == code
-        code = code.sub_(z)
-        ctx.save_for_backward(inside, code - steps * inside, s)
-        return code * s
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        inside, slope, s = ctx.saved_tensors
-        passed = grad * inside
-        ds = (grad * slope).sum(-1, keepdim=True) if ctx.needs_input_grad[1] else None
-        dz = -s * (grad - passed).sum(-1, keepdim=True) if ctx.needs_input_grad[2] else None
-        return passed, ds, dz, None, None
-
-
-def straight_through(value: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with the gradient of `value`."""
-    return value + (rounded - value).detach() if value.requires_grad else rounded
-
-
-def stored_grid(scale: Tensor, zero: Tensor | None, form: Integer) -> tuple[Tensor, Tensor]:
-    """Scale and zero point as the format stores them, both float32, passing gradients straight through."""
-    tiny = torch.finfo(form.scale_dtype).tiny
-    stored = straight_through(scale, scale.detach().clamp(min=tiny).to(form.scale_dtype).float())
-    if zero is None or form.symmetric:
-        return stored, torch.zeros_like(stored)
-    return stored, straight_through(zero, zero.detach().round().clamp(*code_range(form)))
-
-
-def fake_quantize(weight: Tensor, scale: Tensor, zero: Tensor | None, form: Integer) -> Tensor:
-    """A weight [out, in] rounded to its grid, `scale` and `zero` [out, groups]; what `codes_of` would dequantize to."""
-    scale, point = stored_grid(scale, zero, form)
-    grouped = weight.view(*scale.shape, -1)
-    apply: Callable[..., Tensor] = _FakeQuantize.apply
-    rounded = apply(grouped, scale.unsqueeze(-1), point.unsqueeze(-1), *code_range(form))
-    return rounded.view(weight.shape)
-
-
-@torch.no_grad()
-def codes_of(weight: Tensor, scale: Tensor, zero: Tensor | None, form: Integer) -> Codes:
-    """The codes of a weight [out, in] on the grid that `fake_quantize` rounds to. Raises NumericalError."""
-    scale, point = stored_grid(scale.detach(), None if zero is None else zero.detach(), form)
-    if not (torch.isfinite(weight).all() and torch.isfinite(scale).all()):
-        raise NumericalError("training diverged: weights or scales are NaN or infinite", hint="lower learning rates")
-    grouped = weight.view(*scale.shape, -1)
-    codes = (grouped / scale.unsqueeze(-1) + point.unsqueeze(-1)).round_().clamp_(*code_range(form))
-    return Codes(codes.view(weight.shape).to(torch.int8), scale, None if form.symmetric else point.to(torch.int8))
-
-
-def code_range(form: Integer) -> tuple[int, int]:
-    """Smallest and largest code."""
-    return -(2 ** (form.bits - 1)), 2 ** (form.bits - 1) - 1
 
 
 def integer_form(form: Format, where: str) -> Integer:

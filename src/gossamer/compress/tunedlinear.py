@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CompressionError, NumericalError
 from ..formats import Codes, Format, Integer
+from .fakequant import fake_quantize, straight_through
 
 CELL = 0.49
 """How far from its code, in steps, a weight may start: just inside of what rounds to it."""
@@ -69,9 +70,11 @@ class TunedLinear(nn.Module):
 
     def look_up(self, tokens: Tensor) -> Tensor:
         """Rows [.., in] of the weight [out, in] for tokens [..]: what an embedding gives."""
-        if self._dense is not None or self.latent is not None:
-            return F.embedding(tokens, self.weight())
+        if self._dense is not None:
+            return F.embedding(tokens, self._dense)
         rows = tokens.flatten()
+        if self.latent is not None:
+            return self._rounded(self.latent, rows).view(*tokens.shape, -1)
         weight = self._steps(self._codes.codes, rows) * self._scales()[rows]
         return weight.view(*tokens.shape, -1)
 
@@ -127,29 +130,21 @@ class TunedLinear(nn.Module):
         codes = self.form.round(weight.view(*scale.shape[:2], -1), scale, self._zeros())
         return codes.to(self._codes.codes.dtype).flatten(1)
 
-    def _rounded(self, latent: Tensor) -> Tensor:
-        """The grid's points nearest to a latent weight [out, in]; the gradient passes where it is not clipped."""
-        assert self.form is not None
-        scale = self._scales()
+    def _rounded(self, latent: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Rows of the grid's points nearest to a latent weight [out, in]; the gradient passes where none is clipped."""
+        if isinstance(self.form, Integer):
+            assert self.scale is not None
+            zero = None if self.zero is None else self.zero[rows]
+            return fake_quantize(latent[rows], self.scale[rows], zero, self.form)
+        scale, levels = self._scales(), self._codes.levels
+        assert levels is not None
+        grouped = latent.view(*scale.shape[:2], -1)
         with torch.no_grad():
-            codes = self.form.round(latent.view(*scale.shape[:2], -1), scale, self._zeros())
-        steps = self._steps(codes.to(self._codes.codes.dtype).flatten(1))
-        share = latent.view(*scale.shape[:2], -1) / scale
-        low, high = self._reach()
-        inside = (share.detach() >= low) & (share.detach() <= high)
-        through = torch.where(inside, _straight_through(steps.detach(), share), steps)
-        return (through * scale).flatten(1)
-
-    def _reach(self) -> tuple[Tensor, Tensor]:
-        """Least and largest step of the grid: numbers, or [out, groups, 1] with zero points."""
-        if self._codes.levels is not None:
-            finite = self._codes.levels.float()
-            finite = finite[finite.isfinite()]
-            return finite.min(), finite.max()
-        top = 2 ** (self._bits() - 1)
-        zero = self._zeros()
-        shift = torch.zeros(()) if zero is None else zero.detach()
-        return -top - shift, top - 1 - shift
+            steps = self._steps(self._nearest(latent))
+            reach = levels.float()[levels.isfinite()]
+            inside = (grouped >= reach.min() * scale) & (grouped <= reach.max() * scale)
+        share = grouped / scale
+        return (torch.where(inside, straight_through(share, steps), steps) * scale).flatten(1)[rows]
 
     def _bits(self) -> int:
         assert isinstance(self.form, Integer)
@@ -171,14 +166,14 @@ class TunedLinear(nn.Module):
         if self.scale is None:
             return self._codes.scale.float().unsqueeze(-1)
         stored = _as_stored(self.form, self.scale.detach())
-        return _straight_through(stored, self.scale).unsqueeze(-1)
+        return straight_through(self.scale, stored).unsqueeze(-1)
 
     def _levels(self) -> Tensor:
         """A row's own levels [out, levels] as they are stored, with a gradient as if they were not rounded."""
         assert self.levels is not None
         assert self.form is not None
         stored = self.levels.detach().to(self.form.scale_dtype).float()
-        return _straight_through(stored, self.levels)
+        return straight_through(self.levels, stored)
 
     def _zeros(self) -> Tensor | None:
         """Zero points [out, groups, 1], rounded to the range of the codes, with a gradient as if they were not."""
@@ -186,7 +181,7 @@ class TunedLinear(nn.Module):
             return None
         top = 2 ** (self._bits() - 1)
         whole = self.zero.detach().round().clamp(-top, top - 1)
-        return _straight_through(whole, self.zero).unsqueeze(-1)
+        return straight_through(self.zero, whole).unsqueeze(-1)
 
     def _with_outliers(self, weight: Tensor) -> Tensor:
         outliers = self._codes.outliers
@@ -200,11 +195,6 @@ class TunedLinear(nn.Module):
         if outliers is None:
             return weight
         return weight.index_put((outliers.rows.long(), outliers.columns.long()), -outliers.values, accumulate=True)
-
-
-def _straight_through(value: Tensor, parameter: Tensor) -> Tensor:
-    """Exactly `value`, with the gradient of `parameter`."""
-    return value + (parameter - parameter.detach())
 
 
 def _as_stored(form: Format | None, scale: Tensor) -> Tensor:

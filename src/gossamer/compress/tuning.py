@@ -1,7 +1,7 @@
 """The compressed model with trainable scales, as a Tuner sees it, and the original's logits beside it.
 
 Weights are computed from their codes in every forward pass, so gradients reach scales (and zero points, norms, or the
-weights behind the codes); blocks are computed again in the backward pass, so that memory holds one of them in float.
+weights behind the codes).
 Knows codes, blocks and logits; knows no recipe and no loss.
 """
 
@@ -48,6 +48,8 @@ class TunedModel(nn.Module):
         """[sequences, time] the calibration tokens: what there is to train on."""
         self.progress = progress
         """progress(label, done, total)"""
+        self.recompute = True
+        """Compute blocks again in the backward pass, so that one of them at a time is in memory in float."""
         self.generator = torch.Generator().manual_seed((seed * 1_000_003 + 7919 * (stage + 1)) % 2**63)
         """For what a tuner draws before it trains. What is drawn later must follow from the step, or be saved."""
         self.files: dict[str, bytes] = {}
@@ -72,7 +74,8 @@ class TunedModel(nn.Module):
         x = self.embed.look_up(tokens)
         rotation = self._source.rotation(tokens.shape[1])
         for block in self.blocks:
-            x = recompute(block, x, rotation, use_reentrant=False) if torch.is_grad_enabled() else block(x, rotation)
+            again = self.recompute and torch.is_grad_enabled()
+            x = recompute(block, x, rotation, use_reentrant=False) if again else block(x, rotation)
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -13,14 +13,13 @@ from gossamer.compress.blockwise import (
     RoundedOptions,
     SignDescent,
     block_error,
-    codes_of,
     cosine,
-    fake_quantize,
     learn,
     linear,
     start_from,
     starts_of,
 )
+from gossamer.compress.fakequant import codes_of, fake_quantize
 from gossamer.compress.quantize.grid import grid_of, quantize
 from gossamer.errors import CompressionError, NumericalError
 from gossamer.formats import Dense, Format, Integer

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ...formats import Codes
 from ..blockview import BlockView
-from ..blockwise import BlockLearner, RoundedOptions, Start, codes_of, fake_quantize, learn, starts_of
+from ..blockwise import BlockLearner, RoundedOptions, Start, learn, starts_of
+from ..fakequant import codes_of, fake_quantize
 
 
 class EfficientQATOptions(RoundedOptions):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ...formats import Integer
 from ..blockview import POINTS, BlockView
-from ..blockwise import BlockLearner, LearnOptions, block_error, codes_of, fake_quantize, integer_form, learn
+from ..blockwise import BlockLearner, LearnOptions, block_error, integer_form, learn
+from ..fakequant import codes_of, fake_quantize
 from .fold import fold
 from .grid import grid_of
 

@@ -20,13 +20,11 @@ from ..blockwise import (
     RoundedOptions,
     SignDescent,
     Start,
-    code_range,
-    codes_of,
-    fake_quantize,
     learn,
     linear,
     starts_of,
 )
+from ..fakequant import code_range, codes_of, fake_quantize
 
 FACTORS = (0.5, 1.1)
 """Bounds of what the ends of a group's range are multiplied by."""

@@ -44,6 +44,9 @@ class TuneOptions(Options):
         default=None, gt=0, description="ends the training early; the result then depends on the machine's speed"
     )
     save_every: int = Field(default=16, ge=1, description="steps after which a killed run goes on")
+    recompute: bool = Field(
+        default=True, description="compute blocks again in the backward pass: a third slower, one block in memory"
+    )
     norms: bool = Field(default=True, description="train norm weights too")
     norm_rate: float = Field(default=5e-4, ge=0, description="learning rate of norm weights")
 
@@ -55,7 +58,19 @@ class ModelTuner(Tuner):
 
     def peak_bytes(self, config: ModelConfig, sequences: int, length: int) -> int:
         """Memory of what is trained, of Adam, and of a step with all its sequences."""
-        return super().peak_bytes(config, sequences, min(self.options.batch_size, sequences) * length)
+        tokens = min(self.options.batch_size, sequences) * length
+        peak = super().peak_bytes(config, sequences, tokens)
+        return peak if self.options.recompute else peak + self._kept_bytes(config, tokens)
+
+    def _kept_bytes(self, config: ModelConfig, tokens: int) -> int:
+        """What a forward pass keeps of all blocks: activations, float weights and what rounding them needs."""
+        weights = sum(
+            rows * columns
+            for layer in config.layers
+            for rows, columns in layer.linear_shapes(config.hidden_size).values()
+        )
+        widths = sum(5 * layer.ffn_width + 6 * layer.q_size + 6 * config.hidden_size for layer in config.layers)
+        return 4 * tokens * widths + (9 if self.latent else 4) * weights
 
 
 def groups_of(model: TunedModel, **rates: float) -> list[dict[str, Any]]:
@@ -104,6 +119,7 @@ def distill(model: TunedModel, groups: Sequence[dict[str, Any]], options: TuneOp
     fewer than eight): a training that diverges changes nothing.
     """
     groups = [group for group in groups if group["params"] and group["rate"]]
+    model.recompute = options.recompute
     training, judging = _parted(model.tokens)
     plan = list(_steps(model, training, options))
     before = divergence(model, judging)
