@@ -80,10 +80,12 @@ def compress(
     Raises OutputLocked, OutputExists, DoesNotFit and ResumeMismatch before any work; UsageError if the recipe needs a
     calibration and none is given; ShapeMismatch, CompressionError, NumericalError.
     """
-    progress = progress or (lambda *_: None)
-    recipe, text = settle(transformed(checkpoint, recipe), recipe, calibration, progress)
-    text = cast("Calibration | Later | None", text)
-    return _Run(checkpoint, recipe, Path(out), text, progress).run(overwrite, restart)
+    progress, out = progress or (lambda *_: None), Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with Lock(out):  # before a budget is settled, which may take minutes: of two runs, one is told at once
+        recipe, text = settle(transformed(checkpoint, recipe), recipe, calibration, progress)
+        text = cast("Calibration | Later | None", text)
+        return _Run(checkpoint, recipe, out, text, progress).run(overwrite, restart)
 
 
 def transformed(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
@@ -125,29 +127,28 @@ class _Run:
         """Where an artifact that is overwritten waits until the new one has its name."""
 
     def run(self, overwrite: bool, restart: bool) -> Result:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        with Lock(self.out):
-            self._bring_back()
-            existing = self._existing(overwrite)
-            if existing is not None:
-                return existing
-            if restart:
-                discard(self.work)
-            require_same(self.work, self._header())
-            check_fit(
-                self.plan,
-                available_memory(),
-                free_disk(self.out) + _bytes_below(self.work),
-                self.recipe.needs_calibration(),
-            )
-            self._calibrate()
-            journal = Journal(self.work, self._header())
-            resumed = len(journal.done)
-            units = Units(self.work, journal, self.source, self.plan, len(self.recipe.tuners()))
-            self._make(units)
-            layers = [note for unit in units.names() for note in units.notes(unit)["layers"]]
-            self._assemble(units, layers)
+        """Everything, by whoever holds the output's lock."""
+        self._bring_back()
+        existing = self._existing(overwrite)
+        if existing is not None:
+            return existing
+        if restart:
             discard(self.work)
+        require_same(self.work, self._header())
+        check_fit(
+            self.plan,
+            available_memory(),
+            free_disk(self.out) + _bytes_below(self.work),
+            self.recipe.needs_calibration(),
+        )
+        self._calibrate()
+        journal = Journal(self.work, self._header())
+        resumed = len(journal.done)
+        units = Units(self.work, journal, self.source, self.plan, len(self.recipe.tuners()))
+        self._make(units)
+        layers = [note for unit in units.names() for note in units.notes(unit)["layers"]]
+        self._assemble(units, layers)
+        discard(self.work)
         return Result(self.out, layers, self._error_kind(), resumed, existed=False)
 
     def _make(self, units: Units) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CompressionError, NumericalError
 from ..formats import Codes, Format, Integer
-from .fakequant import fake_quantize, straight_through
+from .fakequant import codes_of_steps, round_steps, straight_through
 
 CELL = 0.49
 """How far from its code, in steps, a weight may start: just inside of what rounds to it."""
@@ -34,7 +34,7 @@ class TunedLinear(nn.Module):
         self.zero: nn.Parameter | None = None
         self.levels: nn.Parameter | None = None
         self.latent: nn.Parameter | None = None
-        """[out, in] the weights behind the codes, if they are trained."""
+        """[out, in] the weights behind the codes in units of their scale, if they are trained."""
         if isinstance(weight, Tensor):
             self._dense: Tensor | None = weight
             return
@@ -87,16 +87,15 @@ class TunedLinear(nn.Module):
         """
         if self.form is None or self.levels is not None:
             raise CompressionError(f"{self.name}: weights of a model in training can only be rounded to a scaled grid")
-        start = (self._steps(self._codes.codes) * self._scales()).flatten(1)
+        start = self._steps(self._codes.codes).clone()
         if weight is not None:
-            wanted = self._without_outliers(weight)
+            wanted = self._without_outliers(weight).view_as(start) / self._scales()
             if isinstance(self.form, Integer):
-                reach = CELL * self._scales()
-                away = (wanted - start).view(*self._codes.scale.shape, -1)
-                start += away.clamp_(-reach, reach).flatten(1)
+                start += (wanted - start).clamp_(-CELL, CELL)
             else:
-                start = torch.where(self._rounded(wanted) == start, wanted, start)
-        self.latent = nn.Parameter(start, requires_grad=False)
+                stays = self._codes_behind(wanted.flatten(1)) == self._codes.codes
+                start = torch.where(stays.view_as(start), wanted, start)
+        self.latent = nn.Parameter(start.flatten(1), requires_grad=False)
 
     @torch.no_grad()
     def add(self, delta: Tensor) -> None:
@@ -111,7 +110,7 @@ class TunedLinear(nn.Module):
             raise NumericalError(
                 f"{self.name}: the weight is not finite after training", hint="take a lower learning rate"
             )
-        return self._with_codes(self._codes.codes if self.latent is None else self._nearest(self.latent))
+        return self._with_codes(self._codes.codes if self.latent is None else self._codes_behind(self.latent))
 
     def _with_codes(self, codes: Tensor) -> Codes:
         zero = self._zeros()
@@ -130,21 +129,27 @@ class TunedLinear(nn.Module):
         codes = self.form.round(weight.view(*scale.shape[:2], -1), scale, self._zeros())
         return codes.to(self._codes.codes.dtype).flatten(1)
 
+    def _codes_behind(self, latent: Tensor) -> Tensor:
+        """Codes [out, in] of the grid's points nearest to a latent weight [out, in]."""
+        if isinstance(self.form, Integer):
+            assert self.scale is not None
+            return codes_of_steps(latent, self.scale, self.zero, self.form).codes
+        return self._nearest((latent.view(*self._codes.scale.shape, -1) * self._scales().detach()).flatten(1))
+
     def _rounded(self, latent: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         """Rows of the grid's points nearest to a latent weight [out, in]; the gradient passes where none is clipped."""
         if isinstance(self.form, Integer):
             assert self.scale is not None
             zero = None if self.zero is None else self.zero[rows]
-            return fake_quantize(latent[rows], self.scale[rows], zero, self.form)
-        scale, levels = self._scales(), self._codes.levels
-        assert levels is not None
-        grouped = latent.view(*scale.shape[:2], -1)
+            return round_steps(latent[rows], self.scale[rows], zero, self.form)
+        assert self._codes.levels is not None
+        grouped, finite = latent.view(*self._codes.scale.shape, -1), self._codes.levels.float()
+        finite = finite[finite.isfinite()]
         with torch.no_grad():
-            steps = self._steps(self._nearest(latent))
-            reach = levels.float()[levels.isfinite()]
-            inside = (grouped >= reach.min() * scale) & (grouped <= reach.max() * scale)
-        share = grouped / scale
-        return (torch.where(inside, straight_through(share, steps), steps) * scale).flatten(1)[rows]
+            steps = self._steps(self._codes_behind(latent))
+            inside = (grouped >= finite.min()) & (grouped <= finite.max())
+        through = torch.where(inside, straight_through(grouped, steps), steps)
+        return (through * self._scales()).flatten(1)[rows]
 
     def _bits(self) -> int:
         assert isinstance(self.form, Integer)

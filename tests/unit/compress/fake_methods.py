@@ -16,6 +16,7 @@ from gossamer.compress import registry
 from gossamer.compress.blockview import BlockView
 from gossamer.compress.method import BlockQuantizer, Needs, Options, QuantizeOptions, Quantizer, Transform, Tuner
 from gossamer.compress.quantize.grid import grid_of, quantize
+from gossamer.compress.tune import groups_of
 from gossamer.compress.tuning import TunedModel
 from gossamer.formats import Codes, Dense, Format
 from gossamer.model import FAMILIES
@@ -128,7 +129,9 @@ class Tune(Tuner):
 
     def tune(self, model: TunedModel) -> None:
         parameters = model.trainable(norms=True, zeros=True, ends=True, latent="codes" if self.options.latent else None)
-        optimizer = torch.optim.Adam(parameters.values(), lr=1e-3)
+        groups = groups_of(model, latent=0.04, scale=1e-2, zero=1e-3, weight=1e-3)
+        assert len(groups) == len(parameters)
+        optimizer = torch.optim.Adam([{"params": group["params"], "lr": group["rate"]} for group in groups])
         done, extra = model.restore(optimizer)
         best = float(extra.get("best", torch.tensor(1e9)))
         for step in range(done, self.options.steps):

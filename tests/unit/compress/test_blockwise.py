@@ -19,7 +19,7 @@ from gossamer.compress.blockwise import (
     start_from,
     starts_of,
 )
-from gossamer.compress.fakequant import codes_of, fake_quantize
+from gossamer.compress.fakequant import codes_of, codes_of_steps, fake_quantize, round_steps
 from gossamer.compress.quantize.grid import grid_of, quantize
 from gossamer.errors import CompressionError, NumericalError
 from gossamer.formats import Dense, Format, Integer
@@ -52,6 +52,38 @@ def test_fake_quantize_gives_exactly_what_its_codes_stand_for(form: Integer) -> 
     assert torch.equal(codes.scale, scale.to(form.scale_dtype).float())
     packed = form.pack(codes)
     assert torch.equal(form.unpack(packed), codes.dequantize())
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
+def test_steps_are_rounded_to_what_their_codes_stand_for_with_gradients_by_the_formula(form: Integer) -> None:
+    """du = s inside and 0 where clamped; ds = sum of q - z; dz = -s outside, 0 inside."""
+    weight, scale, zero = random_grid(form)
+    point = None if form.symmetric else (zero + 0.3).requires_grad_()
+    group = 32 if form.group_size is None else form.group_size
+    steps = (weight.view(*scale.shape, -1) / scale.unsqueeze(-1)).view_as(weight).requires_grad_()
+    scale = scale.requires_grad_()
+    rounded = round_steps(steps, scale, point, form)
+    codes = codes_of_steps(steps, scale, point, form)
+    assert torch.equal(rounded, codes.dequantize())
+    coefficients = torch.randn(weight.shape, generator=torch.Generator().manual_seed(5))
+    (rounded * coefficients).sum().backward()
+
+    low, high = -(2 ** (form.bits - 1)), 2 ** (form.bits - 1) - 1
+    stored = scale.detach().to(form.scale_dtype).double()
+    du, ds, dz = torch.zeros(6, 32).double(), torch.zeros_like(stored), torch.zeros_like(stored)
+    for i, j in itertools.product(range(6), range(32)):
+        g, c, s = j // group, float(coefficients[i, j]), float(stored[i, j // group])
+        z = 0.0 if point is None else float(torch.round(point[i, g]).clamp(low, high))
+        free = round(float(steps[i, j]) + z)
+        q = min(max(free, low), high)
+        du[i, j] = c * s * (q == free)
+        ds[i, g] += c * (q - z)
+        dz[i, g] += 0.0 if q == free else -s * c
+    assert 0 < int((du == 0).sum()) < du.numel()
+    assert torch.allclose(steps.grad.double(), du, atol=1e-5)
+    assert torch.allclose(scale.grad.double(), ds, rtol=1e-4, atol=1e-4)
+    if point is not None:
+        assert torch.allclose(point.grad.double(), dz, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)

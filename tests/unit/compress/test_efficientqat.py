@@ -68,15 +68,16 @@ def test_weights_move_in_steps_of_their_group_and_scales_by_factors() -> None:
     form = Integer(4, 16)
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     layer = TrainedWeight(start_from(weight, quantize(weight, *grid_of(weight, form), form), form))
-    before = layer.codes()
+    before, begun = layer.codes(), layer.steps.detach().clone()
     with torch.no_grad():
-        layer.moved.add_(1.0)
+        layer.steps.add_(1.0)
     top = before.codes == 7
     assert torch.equal(layer.codes().codes[~top], before.codes[~top] + 1)
     with torch.no_grad():
-        layer.moved.zero_()
+        layer.steps.copy_(begun)
         layer.log_scale.fill_(torch.tensor(2.0).log())
     assert torch.equal(layer.codes().scale, before.scale * 2)
+    assert torch.equal(layer.codes().codes, before.codes)  # weights move with their grid
 
 
 def test_zero_inputs_and_zero_weights_are_left_alone() -> None:

@@ -29,7 +29,7 @@ from tiny_llama import make_folder
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
 RTN = {"method": "rtn", "bits": 3, "group_size": 32}
-SCALES, QAT_STAGE = {"method": "scales", "learning_rate": 5e-3}, {"method": "qat"}
+SCALES, QAT_STAGE = {"method": "scales", "learning_rate": 5e-3}, {"method": "qat", "learning_rate": 0.01}
 QLORA = {"method": "qlora", "rank": 16, "learning_rate": 5e-4}
 METHODS = [pytest.param(stage, id=stage["method"]) for stage in (SCALES, QAT_STAGE, QLORA)]
 
@@ -116,7 +116,7 @@ def test_qat_begins_at_the_codes_that_are_there(model: Path, tmp_path: Path) -> 
     packed = [name for name in before if name.endswith("weight_packed")]
     assert all(torch.equal(before[name], after[name]) for name in packed)
     assert any(not torch.equal(before[name], after[name]) for name in before)  # norms did learn
-    moving = weights(run(model, tmp_path / "c", {"method": "qat"}, base=base))
+    moving = weights(run(model, tmp_path / "c", QAT_STAGE, base=base))
     share = torch.cat([(before[name] != moving[name]).flatten().float() for name in packed]).mean()
     assert 0.01 < share < 0.99
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ...formats import Codes
 from ..blockview import BlockView
 from ..blockwise import BlockLearner, RoundedOptions, Start, learn, starts_of
-from ..fakequant import codes_of, fake_quantize
+from ..fakequant import codes_of_steps, round_steps
 
 
 class EfficientQATOptions(RoundedOptions):
-    learning_rate: float = Field(default=0.01, ge=0, description="of weights, in steps of their grid")
-    scale_rate: float = Field(default=1e-3, ge=0, description="of scales, relative to them")
-    zero_rate: float = Field(default=0.01, ge=0, description="of zero points")
+    learning_rate: float = Field(default=2e-3, ge=0, description="of weights, in steps of their grid")
+    scale_rate: float = Field(default=2e-4, ge=0, description="of scales, relative to them")
+    zero_rate: float = Field(default=0.0, ge=0, description="of zero points, in steps; 0: fixed")
 
 
 class EfficientQAT(BlockLearner):
@@ -36,7 +36,7 @@ class EfficientQAT(BlockLearner):
         o = self.options
         layers = {role: TrainedWeight(start) for role, start in starts_of(view, o).items()}
         groups = [
-            {"params": [layer.moved for layer in layers.values()], "rate": o.learning_rate},
+            {"params": [layer.steps for layer in layers.values()], "rate": o.learning_rate},
             {"params": [layer.log_scale for layer in layers.values()], "rate": o.scale_rate},
             {"params": [layer.zero for layer in layers.values() if layer.zero is not None], "rate": o.zero_rate},
         ]
@@ -53,26 +53,24 @@ class EfficientQAT(BlockLearner):
 class TrainedWeight:
     """One linear layer whose weights, scales and zero points are parameters.
 
-    Weights move in steps of the grid that they began on and scales by factors, so that one learning rate serves all.
+    Weights are in steps of their grid and scales move by factors, so that one learning rate serves all.
     """
 
     def __init__(self, start: Start) -> None:
-        self.start = start
-        self.moved = nn.Parameter(torch.zeros(*start.scale.shape, start.weight.shape[1] // start.scale.shape[1]))
-        """[out, groups, columns of a group] in steps."""
+        self.form, self._first = start.form, start.scale
+        grouped = start.weight.view(*start.scale.shape, -1) / start.scale.unsqueeze(-1)
+        self.steps = nn.Parameter(grouped.view_as(start.weight))
+        """[out, in]"""
         self.log_scale = nn.Parameter(torch.zeros_like(start.scale))
         self.zero = None if start.zero is None else nn.Parameter(start.zero.clone())
 
     def weight(self) -> Tensor:
         """The rounded weight [out, in]."""
-        return fake_quantize(self._latent(), self._scale(), self.zero, self.start.form)
+        return round_steps(self.steps, self._scale(), self.zero, self.form)
 
     def codes(self) -> Codes:
         """What `weight` stands for."""
-        return codes_of(self._latent(), self._scale(), self.zero, self.start.form)
-
-    def _latent(self) -> Tensor:
-        return self.start.weight + (self.moved * self.start.scale.unsqueeze(-1)).flatten(1)
+        return codes_of_steps(self.steps, self._scale(), self.zero, self.form)
 
     def _scale(self) -> Tensor:
-        return self.start.scale * self.log_scale.exp()
+        return self._first * self.log_scale.exp()

@@ -31,10 +31,19 @@ FACTORS = (0.5, 1.1)
 
 
 class SignRoundOptions(RoundedOptions):
-    learning_rate: float | None = Field(default=None, gt=0, description="first step of an offset; null: 1 / steps")
-    clip_rate: float = Field(
-        default=0.005, ge=0, description="first step of the factors of a group's range; 0: fixed ranges"
+    learning_rate: float | None = Field(
+        default=None,
+        gt=0,
+        description="first step of an offset; null: 1 / steps, from the codes of GPTQ 0.3 / steps",
     )
+    clip_rate: float = Field(
+        default=3e-4, ge=0, description="first step of the factors of a group's range; 0: fixed ranges"
+    )
+
+    @property
+    def rate(self) -> float:
+        """The first step of an offset. A long way is no good from codes that hold each other's errors in balance."""
+        return self.learning_rate or (0.3 if self.start == "gptq" else 1.0) / max(self.steps, 1)
 
 
 class SignRound(BlockLearner):
@@ -50,7 +59,7 @@ class SignRound(BlockLearner):
         layers = {role: OffsetWeight(start) for role, start in starts_of(view, o).items()}
         optimizer = SignDescent(
             [
-                {"params": [layer.offset for layer in layers.values()], "rate": o.learning_rate or 1 / max(o.steps, 1)},
+                {"params": [layer.offset for layer in layers.values()], "rate": o.rate},
                 {"params": [f for layer in layers.values() for f in layer.factors], "rate": o.clip_rate},
             ]
         )

@@ -89,9 +89,7 @@ def groups_of(model: TunedModel, **rates: float) -> list[dict[str, Any]]:
         if kind in ("scale", "levels"):
             rate *= float(parameter.detach().abs().mean())
         elif kind == "latent":
-            layer = cast(TunedLinear, layers[path])
-            assert layer.scale is not None
-            rate *= float(layer.scale.detach().mean()) * step_of(layer.form)
+            rate *= step_of(cast(TunedLinear, layers[path]).form)
         groups.append({"params": [parameter], "rate": rate})
     return groups
 

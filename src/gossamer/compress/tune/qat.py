@@ -17,11 +17,11 @@ from . import ModelTuner, TuneOptions, distill, groups_of
 
 
 class QATOptions(TuneOptions):
-    learning_rate: float = Field(default=0.01, ge=0, description="of weights, in mean steps of their layer's grid")
+    learning_rate: float = Field(default=2e-3, ge=0, description="of weights, in mean steps of their layer's grid")
     scale_rate: float = Field(
         default=1e-3, ge=0, description="of scales, relative to their mean size in a layer; 0: fixed"
     )
-    zero_rate: float = Field(default=0.01, ge=0, description="of zero points; 0: fixed")
+    zero_rate: float = Field(default=0.0, ge=0, description="of zero points, in steps; 0: fixed")
     ends: bool = Field(default=True, description="train the weights of a packed embedding and head too")
 
 

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ..tunedlinear import TunedLinear
 from ..tuning import TunedModel
 from . import ModelTuner, TuneOptions, distill, groups_of
 from .qat import begin_latent
@@ -53,7 +54,7 @@ class QLoRA(ModelTuner):
         begin_latent(model, scales=bool(o.scale_rate), zeros=False, norms=o.norms, ends=False)
         for layer in model.linears().values():
             assert layer.latent is not None
-            adapter = AddedAdapter(layer.latent, o.rank, model.generator)
+            adapter = AddedAdapter(layer, o.rank, model.generator)
             layer.latent.requires_grad_(False)
             parametrize.register_parametrization(layer, "latent", adapter)
         self._train(model)
@@ -89,10 +90,17 @@ class Adapter(nn.Module):
 
 
 class AddedAdapter(Adapter):
-    """W + B A of a weight W [out, in]: a parametrization of what is rounded."""
+    """W + B A of a layer's weight W [out, in], both in units of its scale: a parametrization of what is rounded."""
+
+    def __init__(self, layer: TunedLinear, rank: int, generator: torch.Generator) -> None:
+        assert layer.latent is not None
+        assert layer.scale is not None
+        super().__init__(layer.latent, rank, generator)
+        self.unit = layer.scale.detach().clone()
+        """[out, groups] the scale that training begins with."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.b @ self.a
+        return x + ((self.b @ self.a).view(*self.unit.shape, -1) / self.unit.unsqueeze(-1)).view_as(x)
 
 
 def peft_files(adapters: dict[str, Adapter], rank: int) -> dict[str, bytes]:
