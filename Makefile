@@ -38,7 +38,7 @@ demo: $(STAMP)  ## compress, compare and run a small model on this machine
 	$(BIN)/python benchmarks/demo.py
 
 test: $(STAMP)  ## all tests but those that need a GPU
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile -m "not gpu" --ignore=tests/gpu
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu" --ignore=tests/gpu
 
 # What the extra `fuzz` lists, by name: asking for the extra would build the package once more.
 fuzz: $(STAMP)  ## the readers of both file formats on mutated files; what fails is kept in build/fuzz

@@ -325,13 +325,15 @@ class Tuner(_StageMethod):
 
         Here for Adam over all scales in groups of 64 (or over all weights, if `latent`) and one sequence at a time.
         """
-        weights = sum(
-            rows * columns
-            for layer in config.layers
-            for rows, columns in layer.linear_shapes(config.hidden_size).values()
-        )
+        weights = block_weights(config)
         trained = 16 * weights if self.latent else 16 * weights // 32
         logits = 6 * 4 * length * config.vocab_size
         widest = max(layer.ffn_width + layer.q_size for layer in config.layers) + config.hidden_size
         stream = 4 * length * (12 * widest + config.num_layers * config.hidden_size)
         return trained + logits + stream
+
+
+def block_weights(config: ModelConfig) -> int:
+    """How many weights the linear layers of all blocks have."""
+    shapes = (shape for layer in config.layers for shape in layer.linear_shapes(config.hidden_size).values())
+    return sum(rows * columns for rows, columns in shapes)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...formats import Codebook, Format, Integer
 from ...model import ModelConfig
 from ..blockwise import batches_of, cosine
-from ..method import Options, Tuner
+from ..method import Options, Tuner, block_weights
 from ..tunedlinear import TunedLinear
 from ..tuning import TunedModel
 
@@ -64,13 +64,8 @@ class ModelTuner(Tuner):
 
     def _kept_bytes(self, config: ModelConfig, tokens: int) -> int:
         """What a forward pass keeps of all blocks: activations, float weights and what rounding them needs."""
-        weights = sum(
-            rows * columns
-            for layer in config.layers
-            for rows, columns in layer.linear_shapes(config.hidden_size).values()
-        )
         widths = sum(5 * layer.ffn_width + 6 * layer.q_size + 6 * config.hidden_size for layer in config.layers)
-        return 4 * tokens * widths + (9 if self.latent else 4) * weights
+        return 4 * tokens * widths + (9 if self.latent else 4) * block_weights(config)
 
 
 def groups_of(model: TunedModel, **rates: float) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import functools
 from pydantic import Field
 
 from ...errors import CompressionError
+from ...model import ModelConfig
 from ..tuning import TunedModel
 from . import ModelTuner, TuneOptions, distill, groups_of
 
@@ -32,6 +33,11 @@ class QAT(ModelTuner):
     latent = True
     Options = QATOptions
     options: QATOptions
+
+    def peak_bytes(self, config: ModelConfig, sequences: int, length: int) -> int:
+        """That of every tuner of weights, with embedding and head, which may be packed."""
+        ends = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
+        return super().peak_bytes(config, sequences, length) + 16 * ends * self.options.ends
 
     def tune(self, model: TunedModel) -> None:
         """Train everything. Raises CompressionError for formats without a scale for each group, NumericalError."""
