@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CompressionError, NumericalError
 from ..formats import Codes, Format, Integer
-from .fakequant import codes_of_steps, round_steps, straight_through
+from .fakequant import codes_of_steps, round_steps, stored_grid, straight_through
 
 CELL = 0.49
 """How far from its code, in steps, a weight may start: just inside of what rounds to it."""
@@ -98,12 +98,6 @@ class TunedLinear(nn.Module):
         self.latent = nn.Parameter(start.flatten(1), requires_grad=False)
 
     @torch.no_grad()
-    def add(self, delta: Tensor) -> None:
-        """Add a float matrix [out, in] to the weight, and round it to the present grid."""
-        assert self.form is not None
-        self._codes = self._with_codes(self._nearest(self._without_outliers(self.weight() + delta)))
-
-    @torch.no_grad()
     def codes(self) -> Codes:
         """What is to be stored now. Raises NumericalError if the weight is not finite."""
         if not torch.isfinite(self.weight()).all():
@@ -151,10 +145,6 @@ class TunedLinear(nn.Module):
         through = torch.where(inside, straight_through(grouped, steps), steps)
         return (through * self._scales()).flatten(1)[rows]
 
-    def _bits(self) -> int:
-        assert isinstance(self.form, Integer)
-        return self.form.bits
-
     def _steps(self, codes: Tensor, rows: Tensor | None = None) -> Tensor:
         """What codes [out, in] (or these rows of them) stand for in units of their scale: [out, groups, columns]."""
         grouped = codes.view(*self._codes.scale.shape, -1)
@@ -170,8 +160,9 @@ class TunedLinear(nn.Module):
         """Scales [out, groups, 1] as they are stored, with a gradient as if they were not rounded."""
         if self.scale is None:
             return self._codes.scale.float().unsqueeze(-1)
-        stored = _as_stored(self.form, self.scale.detach())
-        return straight_through(self.scale, stored).unsqueeze(-1)
+        if isinstance(self.form, Integer):
+            return stored_grid(self.scale, None, self.form)[0].unsqueeze(-1)
+        return straight_through(self.scale, _as_stored(self.form, self.scale.detach())).unsqueeze(-1)
 
     def _levels(self) -> Tensor:
         """A row's own levels [out, levels] as they are stored, with a gradient as if they were not rounded."""
@@ -182,11 +173,10 @@ class TunedLinear(nn.Module):
 
     def _zeros(self) -> Tensor | None:
         """Zero points [out, groups, 1], rounded to the range of the codes, with a gradient as if they were not."""
-        if self.zero is None:
+        if self.zero is None or self.scale is None:
             return None
-        top = 2 ** (self._bits() - 1)
-        whole = self.zero.detach().round().clamp(-top, top - 1)
-        return straight_through(self.zero, whole).unsqueeze(-1)
+        assert isinstance(self.form, Integer)
+        return stored_grid(self.scale, self.zero, self.form)[1].unsqueeze(-1)
 
     def _with_outliers(self, weight: Tensor) -> Tensor:
         outliers = self._codes.outliers
@@ -203,10 +193,7 @@ class TunedLinear(nn.Module):
 
 
 def _as_stored(form: Format | None, scale: Tensor) -> Tensor:
-    """Scales as the format stores them, never zero: a grid of one point would end a training."""
+    """Scales of a codebook as the format stores them, never zero: a grid of one point would end a training."""
     assert form is not None
-    if not isinstance(form, Integer):
-        high = scale.clamp(min=4 * torch.finfo(torch.float32).smallest_normal) * form.reach
-        return form.fit(torch.zeros_like(high), high)[0]
-    smallest = torch.finfo(form.scale_dtype).smallest_normal
-    return scale.clamp(min=smallest).to(form.scale_dtype).float()
+    high = scale.clamp(min=4 * torch.finfo(torch.float32).smallest_normal) * form.reach
+    return form.fit(torch.zeros_like(high), high)[0]

@@ -156,8 +156,6 @@ def test_outliers_stay_beside_the_grid(latent: bool) -> None:
         layer.begin_latent(value)
     assert torch.allclose(layer.weight(), value, atol=1e-6)
     assert torch.equal(form.unpack(form.pack(layer.codes())), value)
-    layer = TunedLinear("layer", form, codes, None)
-    layer.add(torch.zeros_like(weight))
     assert torch.equal(layer.codes().codes, codes.codes)
 
 
