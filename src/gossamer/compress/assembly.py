@@ -21,7 +21,7 @@ from ..checkpoint.atomic import atomic_folder, write_file
 from ..checkpoint.manifest import Calibration as CalibrationRecord
 from ..checkpoint.manifest import Manifest, base_of, hash_files, write_manifest
 from ..checkpoint.safetensors_io import Entry, SafetensorsFile, whole, write_safetensors
-from ..checkpoint.save import dense_blocks, told, write_companions, write_config, write_weights
+from ..checkpoint.save import dense_blocks, entries, told, write_companions, write_config, write_weights
 from ..formats import Dense, only_ours, quantization_config
 from ..model import OWN_PREFIX, tensor_names
 from .calibration import Calibration
@@ -93,10 +93,13 @@ def _entries(units: Units) -> Iterator[Entry]:
     """Every stored tensor of the output, in the model's order, read when written."""
     files, checkpoint = units.where(), units.source.checkpoint
     for name, shape in tensor_names(units.source.config).items():
-        form = units.plan.formats.get(name.removesuffix(".weight"))
-        if form is not None and not isinstance(form, Dense) and name.endswith(".weight"):
-            module = name.removesuffix(".weight")
-            for local in units.locals(files, module):
+        module = name.removesuffix(".weight")
+        form = units.plan.formats.get(module, Dense()) if name.endswith(".weight") else Dense()
+        if not isinstance(form, Dense):
+            locals_ = units.locals(files, module)
+            if not locals_:  # no stage of this part has touched it: as it is stored in what the part was given
+                yield from entries(checkpoint, name)
+            for local in locals_:
                 full = f"{module}.{local}"
                 info = files[full].info(full)
                 yield Entry(full, info.dtype, info.shape, _chunks(files[full], full))

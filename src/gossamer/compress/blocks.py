@@ -1,11 +1,12 @@
-"""Makes the units of one run: embedding and head, then block after block, by whatever kind of method the recipe names.
+"""Makes the units of one part of a run: embedding and head, then block after block, by any kind of method.
 
 Knows how each kind of method is fed; what a unit is on disk is `units.py`, what a method decides is the method's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CompressionError, NumericalError
-from ..formats import Codes, Dense, Format
+from ..formats import Codes, Format
 from ..model.decoder import Block, Rotation
 from .blockview import BlockView
 from .gradients import gradient_unit, measure
-from .method import BlockQuantizer, Needs, Quantizer, WeightMethod
+from .method import BlockMethod, GridMethod, LayerMethod, Needs, Quantizer, WeightMethod
 from .plan import ROUND_AT_ONCE
 from .quantize.rtn import RTN
+from .source import Source
 from .units import Units, block_unit
 from .walk import advance, slices, walk
 
@@ -28,14 +30,40 @@ Progress = Callable[[str, int, int], None]
 T = TypeVar("T")
 
 
-def make_units(units: Units, method: WeightMethod, tokens: Tensor | None, progress: Progress, seed: int = 0) -> None:
-    """Every unit of embedding, head and blocks that is not done yet. `tokens` [sequences, time] if the method asks."""
-    _Maker(units, method, progress, seed).run(tokens)
+@dataclass(frozen=True)
+class Teacher:
+    """The original, whose outputs blocks are compared with, and where the layers that are left were in it."""
+
+    source: Source
+    layers: Sequence[int]
+
+    def blocks(self, i: int) -> range:
+        """Its blocks in the place of block i: those that went after block i are part of what it has to do."""
+        first = self.layers[i] if i else 0
+        last = self.layers[i + 1] if i + 1 < len(self.layers) else self.source.config.num_layers
+        return range(first, last)
+
+
+def make_units(
+    units: Units,
+    method: WeightMethod,
+    tokens: Tensor | None,
+    progress: Progress,
+    seed: int = 0,
+    teacher: Teacher | None = None,
+) -> None:
+    """Every unit of embedding, head and blocks that is not done yet. `tokens` [sequences, time] if the method asks.
+
+    Without a teacher, blocks are compared with those that the part was given.
+    """
+    _Maker(units, method, progress, seed, teacher).run(tokens)
 
 
 class _Maker:
-    def __init__(self, units: Units, method: WeightMethod, progress: Progress, seed: int) -> None:
-        self.units, self.method, self.progress, self.seed = units, method, progress, seed
+    def __init__(
+        self, units: Units, method: WeightMethod, progress: Progress, seed: int, teacher: Teacher | None
+    ) -> None:
+        self.units, self.method, self.progress, self.seed, self.teacher = units, method, progress, seed, teacher
         self.source, self.config, self.family = units.source, units.source.config, units.source.family
 
     def run(self, tokens: Tensor | None) -> None:
@@ -46,10 +74,10 @@ class _Maker:
         assert tokens is not None
         if not self._todo():
             return
-        if isinstance(self.method, BlockQuantizer):
+        if isinstance(self.method, BlockMethod):
             self._blocks_by_outputs(self.method, tokens)
         else:
-            assert isinstance(self.method, Quantizer)
+            assert isinstance(self.method, Quantizer | LayerMethod)
             if self.method.needs is Needs.GRADIENT:
                 measure(self.units, tokens, self.progress)
             self._blocks_by_inputs(self.method, tokens)
@@ -58,32 +86,43 @@ class _Maker:
         return [i for i in range(self.config.num_layers) if not self.units.is_done(block_unit(i))]
 
     def _ends(self) -> None:
-        """Embedding and untied head, if the recipe packs them: rounded to nearest, a slice of rows at a time."""
+        """Embedding and untied head, if the method stores them: codes rounded to nearest, a slice of rows at a time."""
         for module in (self.family.embed, self.family.head):
-            form = self.units.plan.formats.get(module)
-            if form is None or isinstance(form, Dense) or self.units.is_done(module):
+            if module not in self.units.plan.stored or self.units.is_done(module):
                 continue
             role = "embed" if module == self.family.embed else "head"
-            codes, error = self._round_weight(f"{module}.weight", form, RTN(self.method.options))
-            tensors = _named_tensors(module, form.pack(codes))
-            self.units.write(module, tensors, {"layers": [_note(None, role, form, tuple(codes.codes.shape), error)]})
+            tensors, note = self._stored_alone(None, role, module)
+            self.units.write(module, tensors, {"layers": [note]})
 
     def _blocks_alone(self) -> None:
         """Every block by a method that needs no data."""
-        assert isinstance(self.method, Quantizer)
         count = self.config.num_layers
         for i in self._todo():
             self.progress("compressing blocks", i, count)
             tensors: dict[str, Tensor] = {}
             notes: list[dict[str, Any]] = []
-            for role, shape in self.config.layers[i].linear_shapes(self.config.hidden_size).items():
-                module = self.family.module(role, i)
-                form = self.units.form(module)
-                codes, error = self._round_weight(f"{module}.weight", form, self.method)
-                tensors |= _named_tensors(module, form.pack(codes))
-                notes.append(_note(i, role, form, shape, error))
+            for role in self.config.layers[i].linear_shapes(self.config.hidden_size):
+                stored, note = self._stored_alone(i, role, self.family.module(role, i))
+                tensors |= stored
+                notes.append(note)
             self.units.write(block_unit(i), tensors, {"layers": notes})
         self.progress("compressing blocks", count, count)
+
+    def _stored_alone(self, i: int | None, role: str, module: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Named stored tensors of a weight that needs no statistics, and its note."""
+        form, name = self.units.form(module), f"{module}.weight"
+        shape = self.source.checkpoint.shape(name)
+        if isinstance(self.method, LayerMethod):
+            weight = self.source.checkpoint.tensor(name)
+            _check_finite(name, weight)
+            packed = _naming([name], partial(self.method.store, weight, form, None))
+            error = float((form.unpack(packed) - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+        else:
+            assert isinstance(self.method, GridMethod)
+            method = self.method if isinstance(self.method, Quantizer) and i is not None else RTN(self.method.options)
+            codes, error = self._round_weight(name, form, method)
+            packed = form.pack(codes)
+        return _named_tensors(module, packed), _note(i, role, form, shape, error)
 
     def _round_weight(self, name: str, form: Format, method: Quantizer) -> tuple[Codes, float]:
         """Codes of a weight that needs no statistics, and its relative squared error, a slice of rows at a time."""
@@ -99,7 +138,7 @@ class _Maker:
             parts.append(part)
         return Codes.cat(parts), lost / total if total else 0.0
 
-    def _blocks_by_inputs(self, method: Quantizer, tokens: Tensor) -> None:
+    def _blocks_by_inputs(self, method: Quantizer | LayerMethod, tokens: Tensor) -> None:
         """Every block by a method that needs its inputs: x [sequences, length, hidden] goes from block to block."""
         count, todo = self.config.num_layers, self._todo()
         x, rotation = self.units.embed(tokens), self.source.rotation(tokens.shape[1])
@@ -112,61 +151,67 @@ class _Maker:
             self._walk_block(method, i, x, rotation)
         self.progress("compressing blocks", count, count)
 
-    def _walk_block(self, method: Quantizer, i: int, x: Tensor, rotation: Rotation) -> None:
+    def _walk_block(self, method: Quantizer | LayerMethod, i: int, x: Tensor, rotation: Rotation) -> None:
         block = self.source.block(i)
         gradients = self.units.open(gradient_unit(i)) if method.needs is Needs.GRADIENT else None
         tensors: dict[str, Tensor] = {}
         notes: list[dict[str, Any]] = []
 
-        def quantize(roles: list[str], form: Format, hessian: Tensor) -> None:
+        def put(role: str, form: Format, packed: dict[str, Tensor], before: Tensor, hessian: Tensor) -> None:
+            """Record what is stored of a linear layer, and let the block compute with it, as a resumed run will."""
+            value = form.unpack(packed)
+            notes.append(_note(i, role, form, tuple(before.shape), _output_error(before, value, hessian)))
+            getattr(block, role).weight = nn.Parameter(value, requires_grad=False)
+            tensors.update(_named_tensors(self.family.module(role, i), packed))
+
+        def quantize(method: Quantizer, roles: list[str], form: Format, hessian: Tensor) -> None:
             """Linear layers of the same inputs and the same grid: rounded as one."""
-            linears = [getattr(block, role) for role in roles]
+            weights = [getattr(block, role).weight for role in roles]
             names = [self.family.module(role, i) for role in roles]
-            for name, linear in zip(names, linears, strict=True):
-                _check_finite(f"{name}.weight", linear.weight)
-            weight = _cat([linear.weight for linear in linears])
             gradient = None if gradients is None else _cat([gradients.read(role) for role in roles])
-            sizes = [linear.weight.shape[0] for linear in linears]
-            codes = _naming(names, partial(method.quantize, weight, form, hessian, gradient))
-            parts = zip(roles, names, linears, codes.split(sizes), torch.split(weight, sizes), strict=True)
-            for role, name, linear, part, before in parts:
-                packed = form.pack(part)
-                value = form.unpack(packed)  # what a resumed run will read
-                notes.append(_note(i, role, form, tuple(before.shape), _output_error(before, value, hessian)))
-                linear.weight = nn.Parameter(value, requires_grad=False)
-                tensors.update(_named_tensors(name, packed))
+            codes = _naming(names, partial(method.quantize, _cat(weights), form, hessian, gradient))
+            for role, part, before in zip(roles, codes.split([len(w) for w in weights]), weights, strict=True):
+                put(role, form, form.pack(part), before, hessian)
 
         def compress_point(roles: tuple[str, ...], hessian: Tensor | None) -> None:
             assert hessian is not None
             by_form: dict[Format, list[str]] = {}
             for role in roles:
-                by_form.setdefault(self.units.form(self.family.module(role, i)), []).append(role)
+                module = self.family.module(role, i)
+                _check_finite(f"{module}.weight", getattr(block, role).weight)
+                by_form.setdefault(self.units.form(module), []).append(role)
             for form, alike in by_form.items():
-                quantize(alike, form, hessian)
+                if isinstance(method, Quantizer):
+                    quantize(method, alike, form, hessian)
+                    continue
+                for role in alike:
+                    weight = getattr(block, role).weight
+                    packed = _naming([self.family.module(role, i)], partial(method.store, weight, form, hessian))
+                    put(role, form, packed, weight, hessian)
 
         walk(block, x, rotation, compress_point)
         self.units.write(block_unit(i), tensors, {"layers": notes})
 
-    def _blocks_by_outputs(self, method: BlockQuantizer, tokens: Tensor) -> None:
+    def _blocks_by_outputs(self, method: BlockMethod, tokens: Tensor) -> None:
         """Every block by a method that learns from the original's outputs, which go from block to block beside x."""
         count, todo = self.config.num_layers, self._todo()
-        x, target = self.units.embed(tokens), self.source.embed(tokens)
+        teacher = self.teacher or Teacher(self.source, range(count))
+        x, target = self.units.embed(tokens), teacher.source.embed(tokens)
         rotation = self.source.rotation(tokens.shape[1])
         for i in range(max(todo) + 1):
             done = i not in todo
             self.progress("catching up with finished blocks" if done else "compressing blocks", i, count)
-            block = self.source.block(i)
-            with torch.no_grad():
-                advance(block, target, rotation)
+            for j in teacher.blocks(i):
+                with torch.no_grad():
+                    advance(teacher.source.block(j), target, rotation)
             if not done:
-                self._learn_block(method, i, block, x, target, rotation)
-            del block
+                self._learn_block(method, i, self.source.block(i), x, target, rotation)
             with torch.no_grad():
                 advance(self.units.finished_block(i), x, rotation)
         self.progress("compressing blocks", count, count)
 
     def _learn_block(
-        self, method: BlockQuantizer, i: int, block: Block, x: Tensor, target: Tensor, rotation: Rotation
+        self, method: BlockMethod, i: int, block: Block, x: Tensor, target: Tensor, rotation: Rotation
     ) -> None:
         names = {role: self.family.module(role, i) for role in self.config.layers[i].linear_shapes(1)}
         for role, name in names.items():
@@ -175,15 +220,15 @@ class _Maker:
         view = BlockView(block, x, target, rotation, forms, names, self.seed)
         with torch.enable_grad():
             _naming([f"block {i}"], partial(method.compress, view))
-        missing = [names[role] for role in names if role not in view.decided]
+        missing = [names[role] for role in names if role not in view.decided and role not in view.stored]
         if missing:
             raise CompressionError(f"{method.name} left {', '.join(missing)} undecided")
         tensors = self.units.changed(i, block)
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise NumericalError(f"{name} is not finite after {method.name}", hint="nothing of it is kept")
-        for role, codes in view.decided.items():
-            packed = forms[role].pack(codes)
+        for role in names:
+            packed = view.stored[role] if role in view.stored else forms[role].pack(view.decided[role])
             tensors |= _named_tensors(names[role], packed)
             getattr(block, role).weight = nn.Parameter(forms[role].unpack(packed), requires_grad=False)
         error = _block_error(block, x, target, rotation)

@@ -1,4 +1,4 @@
-"""What a BlockQuantizer may see and do: one block, its inputs, and the outputs that the original has in its place.
+"""What a BlockMethod may see and do: one block, its inputs, and the outputs that the original has in its place.
 
 Knows blocks, activations and codes; knows no file, recipe or method.
 """
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import CompressionError, NumericalError, UnknownName
 from ..formats import Codes, Format
+from ..formats.base import check_tensors
 from ..model.decoder import Block, Rotation
 from .walk import hessian, slices
 
@@ -20,7 +21,7 @@ POINTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 
 
 class BlockView:
-    """One block in work. `put` decides its linear layers one by one; all of them must be decided in the end.
+    """One block in work. `put` or `store` decide its linear layers one by one; all must be decided in the end.
 
     Norm weights, biases and linear weights of `block` may be changed in place before that (folding): what the block
     holds when the method returns is what is stored, norms and biases rounded to the model's float dtype.
@@ -45,7 +46,9 @@ class BlockView:
         self.rotation = rotation
         """Rotary factors for [batch, time]: any batch."""
         self.decided: dict[str, Codes] = {}
-        """Role -> codes, of the layers that are decided."""
+        """Role -> codes, of the layers that are decided by `put`."""
+        self.stored: dict[str, dict[str, Tensor]] = {}
+        """Role -> stored tensors, of the layers that are decided by `store`."""
         self.generator = torch.Generator().manual_seed((seed * 1_000_003 + block.index) % 2**63)
         """For whatever a method draws: a block gets the same numbers in a run that was resumed."""
         self._forms, self._names = forms, names
@@ -88,6 +91,21 @@ class BlockView:
             )
         linear.weight = nn.Parameter(value, requires_grad=False)
         self.decided[role] = codes
+
+    def store(self, role: str, tensors: dict[str, Tensor]) -> None:
+        """Decide a linear layer by its stored tensors: its weight in the block becomes what they stand for.
+
+        Raises KernelError for tensors that the layer's format does not store, NumericalError if it is not finite.
+        """
+        linear = getattr(self.block, self._known(role))
+        check_tensors(self._forms[role], tensors, tuple(linear.weight.shape))
+        value = self._forms[role].unpack(tensors)
+        if not torch.isfinite(value).all():
+            raise NumericalError(
+                f"{self._names[role]} has {int((~torch.isfinite(value)).sum())} values that are NaN or infinite"
+            )
+        linear.weight = nn.Parameter(value, requires_grad=False)
+        self.stored[role] = tensors
 
     def inputs(self, role: str) -> Iterator[Tensor]:
         """Inputs [some sequences, time, in] of a linear layer as the block stands now, a few sequences at a time."""

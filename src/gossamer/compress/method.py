@@ -1,7 +1,15 @@
 """The contracts of compression methods. A method sees weights and their statistics; the pipeline owns all the rest.
 
-Four kinds, in the order in which a recipe may name them: `Transform` (a changed view of the checkpoint), then one
-`Quantizer` (sees one linear layer) or `BlockQuantizer` (sees one block), then `Tuner` (sees the finished model).
+A recipe's stages fall into parts (`recipe.py`), each of which makes a model out of the one before:
+
+    Transform*      a changed view of the checkpoint, of the same function
+    one main stage  Reducer         makes the shape smaller: fewer heads, channels or layers
+                    LayerMethod     decides what is stored of one linear layer
+                    Quantizer       the same for codes on a grid
+                    BlockMethod     decides one block, which it may train against the original's
+                    BlockQuantizer  the same for codes on a grid
+    Tuner*          trains the finished model
+
 To add one: a file with a class like `quantize/rtn.py`, and a row in `registry.py`.
 """
 
@@ -9,7 +17,8 @@ from __future__ import annotations
 
 import abc
 import enum
-from typing import Any, ClassVar, Literal, Self, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
@@ -18,18 +27,27 @@ from ..checkpoint import Checkpoint
 from ..formats import Codebook, Codes, Format, Integer, nearest_group_size
 from ..model import ModelConfig
 from .blockview import BlockView
+from .grids import grid_formats
 from .tuning import TunedModel
 
+if TYPE_CHECKING:
+    from .units import Units
+
 __all__ = [
+    "BlockMethod",
     "BlockQuantizer",
     "BlockView",
     "Budget",
+    "GridMethod",
     "GridOptions",
+    "LayerMethod",
     "Method",
     "Needs",
     "Options",
     "QuantizeOptions",
     "Quantizer",
+    "Reducer",
+    "StageMethod",
     "Transform",
     "TunedModel",
     "Tuner",
@@ -215,8 +233,8 @@ class QuantizeOptions(GridOptions):
 class Method(abc.ABC):
     """What all methods have: a name, what they need, and their options."""
 
-    family: ClassVar[Literal["transform", "quantize", "tune"]]
-    """Its place in a recipe: transforms, then one quantizer, then tuners."""
+    family: ClassVar[Literal["transform", "prune", "factorize", "distill", "quantize", "tune"]]
+    """What it does to a model; `recipe.py` says which may follow which."""
     name: ClassVar[str]
     needs: ClassVar[Needs]
     options: Options
@@ -232,7 +250,18 @@ class Method(abc.ABC):
 
 
 class WeightMethod(Method):
-    """A method that decides the codes of all linear layers: a Quantizer or a BlockQuantizer."""
+    """A method that decides how weights are stored, and what is stored of them."""
+
+    @abc.abstractmethod
+    def formats(self, config: ModelConfig, before: Mapping[str, Format]) -> dict[str, Format]:
+        """Module name -> format of every linear layer of the blocks, and of what else it stores.
+
+        `before`: how all linear layers, embedding and head are stored in the model that it is given.
+        """
+
+
+class GridMethod(WeightMethod):
+    """A method that decides the codes of all linear layers on the grids that its options say."""
 
     family = "quantize"
     Options: ClassVar[type[QuantizeOptions]]
@@ -245,8 +274,12 @@ class WeightMethod(Method):
     def options_class(cls) -> type[QuantizeOptions]:
         return cls.Options
 
+    def formats(self, config: ModelConfig, before: Mapping[str, Format]) -> dict[str, Format]:
+        """The grids of the options, inside of whatever form the weights have. Raises RecipeError."""
+        return {module: before[module].holding(grid) for module, grid in grid_formats(config, self.options).items()}
 
-class Quantizer(WeightMethod):
+
+class Quantizer(GridMethod):
     """A method that turns one linear layer's weight into codes."""
 
     @abc.abstractmethod
@@ -258,14 +291,14 @@ class Quantizer(WeightMethod):
         """
 
 
-class BlockQuantizer(WeightMethod):
-    """A method that sees a whole block: it may fold scales through it and learn against the original's outputs."""
+class BlockMethod(WeightMethod):
+    """A method that sees a whole block, with its inputs and the outputs that the original has in its place."""
 
     needs = Needs.BLOCK
 
     @abc.abstractmethod
     def compress(self, view: BlockView) -> None:
-        """Decide every linear layer of `view.block` with `view.put`; see BlockView for what else it may change."""
+        """Decide every linear layer of `view.block`; see BlockView for what else it may change."""
 
     def peak_bytes(self, config: ModelConfig, index: int, sequences: int, length: int) -> int:
         """Memory that `compress` takes for block `index` besides block, x and target; the plan adds it.
@@ -278,8 +311,12 @@ class BlockQuantizer(WeightMethod):
         return 4 * (5 * weights + activations)
 
 
-class _StageMethod(Method):
-    """A method before or after quantization, whose options are its own."""
+class BlockQuantizer(BlockMethod, GridMethod):
+    """A block method that decides codes on a grid (`view.put`): it may fold scales through the block and learn."""
+
+
+class StageMethod(Method):
+    """A method whose options are its own."""
 
     Options: ClassVar[type[BaseModel]]
 
@@ -291,11 +328,58 @@ class _StageMethod(Method):
         return cls.Options
 
 
-class Transform(_StageMethod):
-    """A stage before quantization: another checkpoint of the same function, read lazily through the given one."""
+class LayerMethod(StageMethod, WeightMethod):
+    """A method that decides what is stored of one linear layer, in a form of its own."""
+
+    @abc.abstractmethod
+    def store(self, weight: Tensor, form: Format, hessian: Tensor | None) -> dict[str, Tensor]:
+        """Stored tensors, as `form` says them, of a float32 weight [out, in].
+
+        `hessian` [in, in] is given if the method needs it and the layer is one of a block.
+        """
+
+
+class Reducer(StageMethod):
+    """A stage that makes the model's shape smaller: what goes is decided by measurement, then cut out of a view."""
+
+    family = "prune"
+    keeps_stream: ClassVar[bool] = True
+    """The residual stream means what it meant before, so that the original's is still what blocks are compared with."""
+
+    @abc.abstractmethod
+    def expect(self, config: ModelConfig) -> ModelConfig:
+        """A config as large as what will come of this one, before anything is measured: for plans."""
+
+    @abc.abstractmethod
+    def decide(
+        self, units: Units, tokens: Tensor | None, progress: Callable[[str, int, int], None]
+    ) -> dict[str, Tensor]:
+        """What to keep of `units.source`; names and tensors are the method's own.
+
+        tokens [sequences, time] are given if the method needs anything. What takes long may be written to units on
+        the way.
+        """
+
+    @abc.abstractmethod
+    def apply(self, checkpoint: Checkpoint, decision: Mapping[str, Tensor]) -> Checkpoint:
+        """A view of the checkpoint without what goes; loads no more than asked."""
+
+    def layers_kept(self, decision: Mapping[str, Tensor], count: int) -> list[int]:
+        """Which of `count` layers are still there."""
+        return list(range(count))
+
+    @abc.abstractmethod
+    def peak_bytes(self, config: ModelConfig, sequences: int, length: int) -> int:
+        """Memory that `decide` takes."""
+
+
+class Transform(StageMethod):
+    """A stage before others: another checkpoint of the same function, read lazily through the given one."""
 
     family = "transform"
     needs = Needs.NOTHING
+    keeps_stream: ClassVar[bool] = True
+    """The residual stream means what it meant before."""
 
     @abc.abstractmethod
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
@@ -304,9 +388,13 @@ class Transform(_StageMethod):
         Its tensors must be the same whenever they are read.
         """
 
+    def expect(self, config: ModelConfig) -> ModelConfig:
+        """A config as large as that of `apply` may be, where there is no checkpoint yet: for plans."""
+        return config
 
-class Tuner(_StageMethod):
-    """A stage after quantization: trains over the finished model against the original's logits."""
+
+class Tuner(StageMethod):
+    """A stage after the main one: trains over the finished model against the original's logits."""
 
     family = "tune"
     needs = Needs.MODEL

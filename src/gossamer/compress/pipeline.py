@@ -2,38 +2,41 @@
 
     lock -> is it there? does it fit? -> calibration -> journal -> units, each computed, written, recorded -> rename
 
-Transforms give another view of the checkpoint before all else, the quantizer makes the units of embedding, head and
-blocks (`blocks.py`), each tuner one more (`tuning.py`), and `assembly.py` puts the output together. A run that was
-killed and resumed gives the same bytes as one that was not.
+A recipe has parts, each of which makes a model folder out of the one before; only the last one's is the output. In a
+part, transforms give another view of the checkpoint, a reducer's decision a smaller one, any other main stage makes the
+units of embedding, head and blocks (`blocks.py`), each tuner one more (`tuning.py`), and `assembly.py` puts the folder
+together. A run that was killed and resumed gives the same bytes as one that was not.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from .. import __version__
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.atomic import Lock
 from ..checkpoint.manifest import read_manifest
 from ..checkpoint.memory import available_memory
 from ..errors import CompressionError, OutputExists, ResumeMismatch, UsageError
+from ..formats import Format
 from .assembly import CALIBRATION_FILE, assemble, versions
-from .blocks import make_units
+from .blocks import Teacher, make_units
 from .calibration import Calibration
 from .journal import Journal, differences, discard, require_same
-from .method import Needs
-from .plan import Plan, check_fit, free_disk, make_plan
-from .recipe import Recipe
+from .method import Needs, Reducer
+from .plan import check_fit, free_disk, make_plan, plan_part
+from .recipe import Part, Recipe
 from .sensitivity import settle
 from .source import Source
 from .tuning import tune
-from .units import Units
+from .units import DECISION, Units
 
 __all__ = ["CALIBRATION_FILE", "Later", "Result", "compress", "transformed", "versions"]
 
@@ -89,8 +92,12 @@ def compress(
 
 
 def transformed(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """The checkpoint as the quantizer of this recipe sees it; nothing is computed before it is read."""
-    for transform in recipe.transforms():
+    """The checkpoint as the first main stage of this recipe sees it; nothing is computed before it is read."""
+    return _view(checkpoint, recipe.parts()[0])
+
+
+def _view(checkpoint: Checkpoint, part: Part) -> Checkpoint:
+    for transform in part.transforms:
         checkpoint = transform.apply(checkpoint)
     return checkpoint
 
@@ -107,8 +114,7 @@ class _Run:
         progress: Progress,
     ) -> None:
         self.checkpoint, self.recipe, self.out, self.progress = checkpoint, recipe, out, progress
-        self.source = Source(transformed(checkpoint, recipe))
-        self.method = recipe.quantizer()
+        self.parts = recipe.parts()
         if not recipe.needs_calibration():
             calibration = None
         elif calibration is None:
@@ -116,12 +122,8 @@ class _Run:
             raise UsageError(f"{hungry[0]} needs calibration tokens", hint="see compress.calibration.calibrate")
         self.later = calibration if isinstance(calibration, Later) else None
         self.calibration = None if isinstance(calibration, Later) else calibration
-        self.plan: Plan = make_plan(
-            self.source.config,
-            recipe,
-            self.source.checkpoint.dtype,
-            sampling_bytes=self.later.memory if self.later else 0,
-        )
+        sampling = self.later.memory if self.later else 0
+        self.plan = make_plan(transformed(checkpoint, recipe).config, recipe, checkpoint.dtype, sampling)
         self.work = out.parent / f".{out.name}.work"
         self.replaced = self.work / "replaced"
         """Where an artifact that is overwritten waits until the new one has its name."""
@@ -142,30 +144,79 @@ class _Run:
             self.recipe.needs_calibration(),
         )
         self._calibrate()
-        journal = Journal(self.work, self._header())
-        resumed = len(journal.done)
-        units = Units(self.work, journal, self.source, self.plan, len(self.recipe.tuners()))
-        self._make(units)
-        layers = [note for unit in units.names() for note in units.notes(unit)["layers"]]
-        self._assemble(units, layers)
+        Journal(self.work, self._header())  # from here on the work folder is this run's
+        layers, resumed = self._make()
         discard(self.work)
         return Result(self.out, layers, self._error_kind(), resumed, existed=False)
 
-    def _make(self, units: Units) -> None:
-        """Every unit that is not done yet."""
+    def _make(self) -> tuple[list[dict[str, Any]], int]:
+        """Part after part, to the output; returns the notes of its layers, and how many units were done before."""
+        given, before, layers, resumed = self.checkpoint, dict[str, Format](), list[dict[str, Any]](), 0
+        teacher: Teacher | None = Teacher(Source(given), range(given.config.num_layers))
+        for n, part in enumerate(self.parts):
+            last = part is self.parts[-1]
+            folder = self.work if last else self.work / f"part-{n}"
+            journal = Journal(folder, self._header())
+            resumed += len(journal.done)
+            teacher = teacher if all(t.keeps_stream for t in part.transforms) else None
+            units, teacher = self._units(folder, journal, part, given, before, teacher)
+            layers = [note for unit in journal.done for note in units.notes(unit).get("layers", ())] or layers
+            if last:
+                self._assemble(self.out, self.replaced, units, layers)
+            elif not (made := self.work / f"made-{n}").exists():
+                self._assemble(made, folder / "replaced", units, layers)
+            if not last:
+                given, before = open_checkpoint(str(self.work / f"made-{n}")), units.plan.formats
+        return layers, resumed
+
+    def _units(
+        self,
+        folder: Path,
+        journal: Journal,
+        part: Part,
+        given: Checkpoint,
+        before: Mapping[str, Format],
+        teacher: Teacher | None,
+    ) -> tuple[Units, Teacher | None]:
+        """Every unit of a part, done; and the teacher of the parts behind it."""
         tokens, seed = None if self.calibration is None else self.calibration.tokens, self.recipe.calibration.seed
-        make_units(units, self.method, tokens, self.progress, seed)
-        for stage, tuner in enumerate(self.recipe.tuners()):
+        text = self.recipe.calibration
+
+        def units_over(view: Checkpoint) -> Units:
+            plan = plan_part(view.config, before, part, text, given.dtype)
+            return Units(folder, journal, Source(view), plan, len(part.tuners))
+
+        units = units_over(_view(given, part))
+        if isinstance(part.main, Reducer):
+            view, teacher = self._reduced(part.main, units, tokens, teacher)
+            units = units_over(view)
+        else:
+            make_units(units, part.main, tokens, self.progress, seed, teacher)
+        for stage, tuner in enumerate(part.tuners):
             if not units.is_done(units.tuned[stage]):
                 assert tokens is not None
                 tune(units, stage, tuner, Source(self.checkpoint), tokens, self.progress, seed)
+        return units, teacher
 
-    def _assemble(self, units: Units, layers: list[dict[str, Any]]) -> None:
+    def _reduced(
+        self, reducer: Reducer, units: Units, tokens: Tensor | None, teacher: Teacher | None
+    ) -> tuple[Checkpoint, Teacher | None]:
+        """A smaller view by what the reducer has decided, or decides now; and its teacher."""
+        if not units.is_done(DECISION):
+            units.write(DECISION, reducer.decide(units, tokens, self.progress), {})
+        file = units.open(DECISION)
+        decision = {name: file.read(name) for name in file.names()}
+        kept = reducer.layers_kept(decision, units.source.config.num_layers)
+        if teacher is not None:
+            teacher = Teacher(teacher.source, [teacher.layers[i] for i in kept]) if reducer.keeps_stream else None
+        return reducer.apply(units.source.checkpoint, decision), teacher
+
+    def _assemble(self, out: Path, replaced: Path, units: Units, layers: list[dict[str, Any]]) -> None:
         results = {"layers": layers, "error_kind": self._error_kind()}
-        assemble(self.out, self.replaced, units, self.recipe, self.checkpoint, self.calibration, results, self.progress)
+        assemble(out, replaced, units, self.recipe, self.checkpoint, self.calibration, results, self.progress)
 
     def _error_kind(self) -> str:
-        return "weight" if self.method.needs is Needs.NOTHING else "output"
+        return "weight" if self.parts[-1].main.needs is Needs.NOTHING else "output"
 
     def _calibrate(self) -> None:
         """Have the tokens, and refuse any that are not this model's. Raises what making them raises."""
@@ -173,7 +224,7 @@ class _Run:
             self.calibration = self.later.make()
         if self.calibration is None:
             return
-        tokens, size = self.calibration.tokens, self.source.config.vocab_size
+        tokens, size = self.calibration.tokens, self.checkpoint.config.vocab_size
         if not 0 <= int(tokens.min()) <= int(tokens.max()) < size:
             raise CompressionError(
                 f"calibration tokens from {int(tokens.min())} to {int(tokens.max())} are not of this model, "

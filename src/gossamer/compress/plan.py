@@ -8,17 +8,17 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from ..errors import DoesNotFit, RecipeError, ShapeMismatch, did_you_mean
+from ..errors import DoesNotFit, ShapeMismatch
 from ..formats import Dense, Format, Kind
-from ..model import FAMILIES, LINEARS, ModelConfig, tensor_names
-from .method import BlockQuantizer, GridOptions, Needs, QuantizeOptions
-from .recipe import CalibrationSpec, Recipe
+from ..model import FAMILIES, ModelConfig, tensor_names
+from .grids import linear_shapes
+from .method import BlockMethod, GridMethod, Needs, Quantizer, Reducer, WeightMethod
+from .recipe import CalibrationSpec, Part, Recipe
 from .sensitivity import measuring_bytes, open_budget, presumed
 from .walk import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
 
@@ -36,6 +36,8 @@ class Plan:
 
     formats: dict[str, Format]
     kinds: dict[str, Kind]
+    stored: frozenset[str]
+    """Modules that the last part packs: all others are as they were."""
     shared_head: bool
     """The head is the embedding and both are packed: only Gossamer reads such a folder."""
     parameters: int
@@ -62,84 +64,87 @@ class Plan:
 
 
 def make_plan(config: ModelConfig, recipe: Recipe, dense: torch.dtype, sampling_bytes: int = 0) -> Plan:
-    """The plan of a recipe for a model of this config, which its transforms have changed already.
+    """The plan of a recipe for a model of this config, which its first transforms have changed already.
 
     `sampling_bytes`: memory that the engine takes to sample the calibration text, which this folder cannot know.
     Raises ShapeMismatch or RecipeError, naming layer and way out.
     """
     measured = open_budget(recipe) is not None
     recipe = presumed(config, dense, recipe)
-    options = recipe.quantizer().options
-    family = FAMILIES[config.family]
-    formats: dict[str, Format] = _linear_formats(config, options)
-    kinds: dict[str, Kind] = dict.fromkeys(formats, "linear")
-    embedding, head = _ends(config, options.embedding, options.head)
-    grids = {family.embed: embedding} if config.tie_embeddings else {family.embed: embedding, family.head: head}
-    for module, grid in grids.items():
-        formats[module] = Dense(dense) if grid is None else grid.format_for([config.hidden_size])
-        kinds[module] = "embedding" if module == family.embed else "linear"
-    sizes = _stored_bytes(config, formats, dense)
-    phases = {"quantizing": _peak(config, recipe)}
-    if recipe.quantizer().needs is Needs.GRADIENT:
-        phases["gradients"] = _gradient_peak(config, recipe.calibration)
-    for tuner in recipe.tuners():
-        text = recipe.calibration
-        phases[tuner.name] = _tuned_bytes(config, sizes, text, _packs_ends(options)) + tuner.peak_bytes(
-            config, text.sequences, text.length
-        )
+    input_bytes = dense.itemsize * sum(math.prod(s) for s in tensor_names(config).values())
+    text, phases, scratch = recipe.calibration, dict[str, int](), 0
+    made: Plan | None = None
+    for part in recipe.parts():
+        if made is not None:
+            for transform in part.transforms:
+                config = transform.expect(config)
+            scratch += made.output_bytes  # it lies on disk until the end
+        if isinstance(part.main, Reducer):
+            phases[part.main.name] = BASE_BYTES + part.main.peak_bytes(config, text.sequences, text.length)
+            config = part.main.expect(config)
+        made = plan_part(config, {} if made is None else made.formats, part, text, dense)
+        phases |= {name: max(peak, phases.get(name, 0)) for name, peak in made.phases.items()}
+        scratch += made.scratch_bytes
+    assert made is not None
     if sampling_bytes:
         phases["sampling"] = RUN_BYTES + sampling_bytes
     if measured:
         phases["measuring sensitivity"] = RUN_BYTES + measuring_bytes(config)
-    return Plan(
-        formats=formats,
-        kinds=kinds,
-        shared_head=config.tie_embeddings and embedding is not None,
-        parameters=sum(math.prod(s) for s in tensor_names(config).values()),
-        input_bytes=sum(math.prod(s) for s in tensor_names(config).values()) * dense.itemsize,
-        output_bytes=sizes,
-        scratch_bytes=_scratch(config, recipe, sizes),
+    return replace(
+        made,
+        input_bytes=input_bytes,
+        scratch_bytes=scratch,
         peak_bytes=max(phases.values()),
         phases=phases,
         sampling_bytes=sampling_bytes,
     )
 
 
-def _linear_formats(config: ModelConfig, options: QuantizeOptions) -> dict[str, Format]:
-    """Module name -> format of every linear layer of the blocks; `auto` sizes divide all layers of the same grid."""
+def dense_formats(config: ModelConfig, dense: torch.dtype) -> dict[str, Format]:
+    """Module name -> format of linear layers, embedding and head of a model that nothing has compressed."""
     family = FAMILIES[config.family]
-    roles = {family.module(role, i): (role, i) for i in range(config.num_layers) for role in LINEARS}
-    chosen = {module: _own_grid(module, role, options.layers) for module, (role, _) in roles.items()}
-    unused = [key for key in options.layers if key not in chosen.values()]
-    _check_named(unused, roles)
-    by_key: dict[str | None, list[str]] = {}
-    for module, key in chosen.items():
-        by_key.setdefault(key, []).append(module)
-    formats: dict[str, Format] = {}
-    for key, modules in by_key.items():
-        grid: GridOptions = options if key is None else options.layers[key]
-        shapes = [
-            config.layers[i].linear_shapes(config.hidden_size)[role] for role, i in map(roles.__getitem__, modules)
-        ]
-        formats |= dict.fromkeys(modules, options.layer_format(grid, [columns for _, columns in shapes]))
-    return {module: formats[module] for module in roles}
+    ends = [family.embed] if config.tie_embeddings else [family.embed, family.head]
+    return dict.fromkeys([*linear_shapes(config), *ends], Dense(dense))
 
 
-def _own_grid(module: str, role: str, layers: Mapping[str, GridOptions]) -> str | None:
-    """The key of `layers` that says most exactly that it means this module: the longest, then the first by name."""
-    matching = [key for key in layers if key in (role, module) or fnmatchcase(module, key)]
-    return min(matching, key=lambda key: (key != module, -len(key), key), default=None)
+def plan_part(
+    config: ModelConfig, before: Mapping[str, Format], part: Part, text: CalibrationSpec, dense: torch.dtype
+) -> Plan:
+    """The plan of one part for a model of this config, which its transforms and reducer have changed already.
 
-
-def _check_named(unused: list[str], roles: Mapping[str, tuple[str, int]]) -> None:
-    """Raises RecipeError for a key of `layers` that means no layer; one that others overrule everywhere is fine."""
-    for key in unused:
-        if not any(key == role or fnmatchcase(module, key) for module, (role, _) in roles.items()):
-            raise RecipeError(
-                f"layers: {key!r:.80} is neither a role nor a pattern for a module of this model",
-                hint=did_you_mean(key, [*LINEARS, *roles])
-                or f"roles are {', '.join(LINEARS)}; a module is {next(iter(roles))}",
-            )
+    `before`: formats of the model that it is given, where they are not dense.
+    """
+    family = FAMILIES[config.family]
+    before = {module: before.get(module, form) for module, form in dense_formats(config, dense).items()}
+    stored = part.main.formats(config, before) if isinstance(part.main, WeightMethod) else {}
+    formats = {**before, **stored}
+    kinds: dict[str, Kind] = {m: "embedding" if m == family.embed else "linear" for m in formats}
+    sizes = _stored_bytes(config, formats, dense)
+    ends = [m for m in (family.embed, family.head) if m in stored]
+    phases = {}
+    if isinstance(part.main, WeightMethod):
+        phase = "quantizing" if isinstance(part.main, GridMethod) else part.main.name
+        phases[phase] = _peak(config, part.main, text, bool(ends))
+    if part.main.needs is Needs.GRADIENT and isinstance(part.main, Quantizer):
+        phases["gradients"] = _gradient_peak(config, text)
+    for tuner in part.tuners:
+        phases[tuner.name] = _tuned_bytes(config, sizes, text, bool(ends)) + tuner.peak_bytes(
+            config, text.sequences, text.length
+        )
+    parameters = sum(math.prod(s) for s in tensor_names(config).values())
+    return Plan(
+        formats=formats,
+        kinds=kinds,
+        stored=frozenset(stored),
+        shared_head=config.tie_embeddings and not isinstance(formats[family.embed], Dense),
+        parameters=parameters,
+        input_bytes=parameters * dense.itemsize,
+        output_bytes=sizes,
+        scratch_bytes=_scratch(config, part, text, sizes),
+        peak_bytes=max(phases.values(), default=0),
+        phases=phases,
+        sampling_bytes=0,
+    )
 
 
 def check_fit(plan: Plan, memory: int, disk: int, needs_statistics: bool) -> None:
@@ -172,17 +177,6 @@ def _way_out(plan: Plan, needs_statistics: bool) -> str:
     return "fewer --calibration-sequences, or a recipe with method rtn"
 
 
-def _ends(
-    config: ModelConfig, embedding: GridOptions | None, head: GridOptions | None
-) -> tuple[GridOptions | None, GridOptions | None]:
-    if not config.tie_embeddings:
-        return embedding, head
-    if embedding is not None and head is not None and embedding != head:
-        raise RecipeError("this model's head is its embedding, but the recipe gives them different grids")
-    shared = embedding or head
-    return shared, shared
-
-
 def _stored_bytes(config: ModelConfig, formats: dict[str, Format], dense: torch.dtype) -> int:
     total = 0
     for name, shape in tensor_names(config).items():
@@ -194,18 +188,16 @@ def _stored_bytes(config: ModelConfig, formats: dict[str, Format], dense: torch.
     return total
 
 
-def _peak(config: ModelConfig, recipe: Recipe) -> int:
+def _peak(config: ModelConfig, method: WeightMethod, text: CalibrationSpec, packs_ends: bool) -> int:
     """Bytes; the same sum that a reader can do by hand, with the largest layer standing for all."""
-    method = recipe.quantizer()
-    embedding = 3 * config.vocab_size * config.hidden_size if _packs_ends(method.options) else 0
+    embedding = 3 * config.vocab_size * config.hidden_size if packs_ends else 0
     rounding = 10 * 4 * ROUND_AT_ONCE
     if method.needs is Needs.NOTHING:
         block = max(_block_parameters(config, i) for i in range(config.num_layers))
         return BASE_BYTES + rounding + max(2 * block, embedding)
-    text = recipe.calibration
     peak = rounding + embedding if embedding else 0
     for i in range(config.num_layers):
-        if isinstance(method, BlockQuantizer):
+        if isinstance(method, BlockMethod):
             learned = method.peak_bytes(config, i, text.sequences, text.length)
             streams = 2 * 4 * text.sequences * text.length * config.hidden_size
             peak = max(peak, streams + 4 * _block_parameters(config, i) + max(learned, _step_bytes(config, i, text)))
@@ -257,17 +249,13 @@ def _tuned_bytes(config: ModelConfig, stored: int, text: CalibrationSpec, packs_
     return BASE_BYTES + sum(blocks) + floats + stored
 
 
-def _scratch(config: ModelConfig, recipe: Recipe, stored: int) -> int:
+def _scratch(config: ModelConfig, part: Part, text: CalibrationSpec, stored: int) -> int:
     """Bytes on disk beside the finished units: at most two checkpoints of a training are there at a time."""
     weights = sum(_block_parameters(config, i) for i in range(config.num_layers))
-    stream = 4 * recipe.calibration.sequences * recipe.calibration.length * config.hidden_size
-    gradients = 4 * weights + (config.num_layers + 2) * stream if recipe.quantizer().needs is Needs.GRADIENT else 0
-    training = sum(stored + 2 * (12 * weights if t.latent else 12 * weights // 32) + stream for t in recipe.tuners())
+    stream = 4 * text.sequences * text.length * config.hidden_size
+    gradients = 4 * weights + (config.num_layers + 2) * stream if part.main.needs is Needs.GRADIENT else 0
+    training = sum(stored + 2 * (12 * weights if t.latent else 12 * weights // 32) + stream for t in part.tuners)
     return gradients + training
-
-
-def _packs_ends(options: QuantizeOptions) -> bool:
-    return options.embedding is not None or options.head is not None
 
 
 def _block_parameters(config: ModelConfig, index: int) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import RecipeError, UnknownName, did_you_mean
-from .method import Method, Needs, Transform, Tuner, WeightMethod
+from .method import GridMethod, LayerMethod, Method, Needs, Reducer, Transform, Tuner, WeightMethod
 from .registry import METHODS, method_class
 
 MAX_BYTES = 1 << 16
@@ -51,6 +52,24 @@ class CalibrationSpec(BaseModel):
         return f"./{name}" if name == "self" or name.startswith("hub:") else name
 
 
+@dataclass(frozen=True)
+class Part:
+    """Stages that make one model out of another: views of what is given, one main stage, and training of the result."""
+
+    transforms: tuple[Transform, ...]
+    main: WeightMethod | Reducer
+    tuners: tuple[Tuner, ...]
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return (*self.transforms, self.main, *self.tuners)
+
+    @property
+    def budget(self) -> bool:
+        """True if the main stage has a number of bits to spend."""
+        return isinstance(self.main, GridMethod) and self.main.options.budget is not None
+
+
 class Recipe(BaseModel):
     """A checked recipe. `stages` holds each stage's method name and typed options."""
 
@@ -65,20 +84,16 @@ class Recipe(BaseModel):
         """One method per stage, options validated. Raises RecipeError naming the stage and key."""
         return [_method(i, stage) for i, stage in enumerate(self.stages)]
 
-    def transforms(self) -> list[Transform]:
-        """The stages before quantization."""
-        return [m for m in self.methods() if isinstance(m, Transform)]
+    def parts(self) -> list[Part]:
+        """The stages by the models that they make, one out of the other."""
+        return _parts(self.methods())
 
-    def quantizer(self) -> WeightMethod:
-        """The stage that quantizes."""
-        return next(m for m in self.methods() if isinstance(m, WeightMethod))
-
-    def tuners(self) -> list[Tuner]:
-        """The stages after quantization."""
-        return [m for m in self.methods() if isinstance(m, Tuner)]
+    def quantizer(self) -> GridMethod | None:
+        """The stage that decides codes on a grid, if there is one: it is the last main stage."""
+        return next((m for m in self.methods() if isinstance(m, GridMethod)), None)
 
     def needs_calibration(self) -> bool:
-        return any(m.needs is not Needs.NOTHING for m in self.methods()) or self.quantizer().options.budget is not None
+        return any(part.budget or any(m.needs is not Needs.NOTHING for m in part.methods) for part in self.parts())
 
     def canonical(self) -> dict[str, Any]:
         """The recipe with every default written out: equal dictionaries make equal artifacts from equal tokens.
@@ -183,31 +198,72 @@ def parse_recipe(data: Any, where: str) -> Recipe:
     return recipe
 
 
+def _parts(methods: list[Method]) -> list[Part]:
+    """Stages in their order, which has been checked."""
+    parts: list[Part] = []
+    transforms: list[Transform] = []
+    for method in methods:
+        if isinstance(method, Transform):
+            transforms.append(method)
+        elif isinstance(method, WeightMethod | Reducer):
+            parts.append(Part(tuple(transforms), method, ()))
+            transforms = []
+        else:
+            assert isinstance(method, Tuner)
+            last = parts.pop()
+            parts.append(Part(last.transforms, last.main, (*last.tuners, method)))
+    return parts
+
+
 def _check_order(methods: list[Method]) -> None:
-    """Raises RecipeError unless the stages are transforms, then one that quantizes, then tuners; with the reason."""
+    """Raises RecipeError with the reason unless each stage finds what it works on, and leaves what others made."""
     named = [f"{i + 1} ({m.name})" for i, m in enumerate(methods)]
-    quantizing = [i for i, m in enumerate(methods) if isinstance(m, WeightMethod)]
-    if not quantizing:
-        names = ", ".join(sorted(name for name, cls in METHODS.items() if issubclass(cls, WeightMethod)))
-        raise RecipeError(f"no stage quantizes: stage {named[0]} only prepares or trains", hint=f"add one of {names}")
-    if len(quantizing) > 1:
-        first, second = quantizing[:2]
-        raise RecipeError(
-            f"stages {named[first]} and {named[second]} both quantize the same weights",
-            hint="keep one quantization stage",
-        )
-    (at,) = quantizing
+    mains = [i for i, m in enumerate(methods) if isinstance(m, WeightMethod | Reducer)]
+    if not mains:
+        names = ", ".join(sorted(name for name, cls in METHODS.items() if issubclass(cls, WeightMethod | Reducer)))
+        raise RecipeError(f"no stage compresses: stage {named[0]} only prepares or trains", hint=f"add one of {names}")
     for i, method in enumerate(methods):
-        if isinstance(method, Transform) and i > at:
+        before = [at for at in mains if at < i]
+        if isinstance(method, Tuner) and not before:
             raise RecipeError(
-                f"stage {named[i]} changes float weights, but stage {named[at]} has quantized them before it",
-                hint=f"put {method.name} before {methods[at].name}",
+                f"stage {named[i]} trains a compressed model, but nothing is compressed before stage {named[mains[0]]}",
+                hint=f"put {method.name} after {methods[mains[0]].name}",
             )
-        if isinstance(method, Tuner) and i < at:
+        if method.family == "distill" and not before:
             raise RecipeError(
-                f"stage {named[i]} trains a quantized model, but nothing is quantized before stage {named[at]}",
-                hint=f"put {method.name} after {methods[at].name}",
+                f"stage {named[i]} brings back what earlier stages lost, but it is the first",
+                hint=f"put a stage that prunes or factorizes before {method.name}",
             )
+        if not isinstance(method, Tuner):
+            for at in before:
+                _check_pair(methods[at], method, named[at], named[i])
+    if isinstance(methods[-1], Transform):
+        raise RecipeError(f"stage {named[-1]} only prepares, but no stage follows it", hint=f"remove {named[-1]}")
+    if len(mains) > 1 and any(isinstance(m, GridMethod) and m.options.budget for m in methods):
+        raise RecipeError(
+            "a budget is measured on the model that the recipe begins with, but here others change it first",
+            hint="compress in two steps, the second with the budget",
+        )
+
+
+def _check_pair(first: Method, second: Method, named: str, here: str) -> None:
+    """Raises RecipeError if the second stage, not a tuner, would undo or could not read what the first one made."""
+    if isinstance(first, GridMethod):
+        if isinstance(second, GridMethod):
+            raise RecipeError(
+                f"stages {named} and {here} both quantize the same weights", hint="keep one quantization stage"
+            )
+        raise RecipeError(
+            f"stage {here} changes float weights, but stage {named} has quantized them before it",
+            hint=f"put {second.name} before {first.name}",
+        )
+    if isinstance(first, LayerMethod) and isinstance(second, LayerMethod | Reducer | Transform):
+        raise RecipeError(
+            f"stage {here} makes whole matrices anew, but stage {named} has left other forms of them",
+            hint=f"put {second.name} before {first.name}"
+            if isinstance(second, Reducer | Transform)
+            else f"keep one of {first.name} and {second.name}",
+        )
 
 
 def _method(index: int, stage: Mapping[str, Any]) -> Method:

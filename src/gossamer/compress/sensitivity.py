@@ -32,7 +32,7 @@ from ..settings import cache_dir
 from .allocate import Choice, allocate
 from .blockview import POINTS
 from .calibration import Calibration, token_hash
-from .method import GridOptions, QuantizeOptions, WeightMethod
+from .method import GridMethod, GridOptions, QuantizeOptions
 from .quantize.rtn import RTN
 from .recipe import Recipe, parse_recipe
 
@@ -70,12 +70,10 @@ class Group:
     weights: int
 
 
-def open_budget(recipe: Recipe) -> WeightMethod | None:
+def open_budget(recipe: Recipe) -> GridMethod | None:
     """The quantizer whose layers a budget has yet to decide, or None."""
-    for method in recipe.methods():
-        if isinstance(method, WeightMethod) and method.options.budget and not method.options.budget.settled:
-            return method
-    return None
+    method = recipe.quantizer()
+    return method if method is not None and method.options.budget and not method.options.budget.settled else None
 
 
 def settle(

@@ -1,4 +1,4 @@
-"""The finished pieces of one run, durable in its work folder: each a file of stored tensors and a line of the journal.
+"""The finished pieces of one part of a run, durable in its work folder: each a file and a line of the journal.
 
 A unit is computed from the source, the calibration tokens and the units before it, never from anything that only lives
 in memory. Where several units hold a tensor, the last one counts: a later stage has changed it.
@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.safetensors_io import SafetensorsFile, whole, write_safetensors
-from ..formats import Dense, Format
+from ..formats import Format
 from ..model.decoder import Block
 from .journal import Journal
 from .plan import Plan
 from .source import Source
+
+DECISION = "decision"
+"""The unit that holds what a reducer decided."""
 
 
 class Units:
@@ -30,8 +33,8 @@ class Units:
 
     def names(self) -> list[str]:
         """Units that make up the output, in the order in which they are made."""
-        family, formats = self.source.family, self.plan.formats
-        ends = [m for m in (family.embed, family.head) if not isinstance(formats.get(m, Dense()), Dense)]
+        family = self.source.family
+        ends = [m for m in (family.embed, family.head) if m in self.plan.stored]
         return ends + [block_unit(i) for i in range(self.source.config.num_layers)] + self.tuned
 
     def is_done(self, unit: str) -> bool:
@@ -78,7 +81,8 @@ class Units:
         files = self.where(block_unit(i))
 
         def weight(module: str, role: str) -> Tensor:
-            return self.form(module).unpack(self.stored(files, module))
+            stored = self.stored(files, module)
+            return self.form(module).unpack(stored) if stored else self.source.weight(module)
 
         def dense(name: str) -> Tensor:
             return files[name].read(name).float() if name in files else self.source.dense(name)
@@ -90,7 +94,7 @@ class Units:
         module = self.source.family.embed
         form = self.form(module)
         rows: Callable[[slice], Tensor] | None = None
-        if not isinstance(form, Dense):
+        if module in self.plan.stored:
             packed = self.stored(self.where(module), module)
             rows = lambda part: form.unpack(packed, part)  # noqa: E731
         return self.source.embed(tokens, rows)

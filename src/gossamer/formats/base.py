@@ -56,6 +56,10 @@ class Format(abc.ABC):
     def unpack(self, tensors: Tensors, rows: slice | None = None) -> Tensor:
         """The float32 weight [out_features, in_features] (or these rows of it). Raises KernelError on bad tensors."""
 
+    def holding(self, inner: Format) -> Format:
+        """How a weight of this form is stored once `inner` stores its numbers; here: as `inner` alone."""
+        return inner
+
     def pack(self, codes: Codes) -> dict[str, Tensor]:
         """Stored tensors of a quantized matrix."""
         self._has_none("codes")

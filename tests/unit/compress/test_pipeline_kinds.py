@@ -336,8 +336,8 @@ def test_a_key_of_layers_that_means_no_layer_is_refused_before_any_work(model: P
     ("stages", "reason", "hint"),
     [
         (("rtn", "fake-double"), r"stage 2 \(fake-double\) changes float weights, but stage 1 \(rtn\)", "before rtn"),
-        (("fake-tune", "rtn"), r"stage 1 \(fake-tune\) trains a quantized model, but nothing", "after rtn"),
-        (("fake-double",), "no stage quantizes", "gptq"),
+        (("fake-tune", "rtn"), r"stage 1 \(fake-tune\) trains a compressed model, but nothing", "after rtn"),
+        (("fake-double",), "no stage compresses", "gptq"),
         (("fake-fold", "gptq"), "both quantize the same weights", "one"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,

@@ -151,12 +151,17 @@ class Rotate(Transform):
     """The same model in another basis: norms without weights, and a head of its own unless that is needless."""
 
     name = "rotate"
+    keeps_stream = False
     Options = RotateOptions
     options: RotateOptions
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         """The rotated model, whose tensors are computed as they are read."""
         return RotatedCheckpoint(checkpoint, self.options)
+
+    def expect(self, config: ModelConfig) -> ModelConfig:
+        """With a head of its own, which it gets unless the final norm multiplies all channels alike."""
+        return replace(config, tie_embeddings=False)
 
 
 class RotatedCheckpoint(Checkpoint):
