@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,12 +15,26 @@ from gossamer.checkpoint import Checkpoint
 from gossamer.compress import recipe as recipe_module
 from gossamer.compress import registry
 from gossamer.compress.blockview import BlockView
-from gossamer.compress.method import BlockQuantizer, Needs, Options, QuantizeOptions, Quantizer, Transform, Tuner
+from gossamer.compress.grids import linear_shapes
+from gossamer.compress.method import (
+    BlockMethod,
+    BlockQuantizer,
+    LayerMethod,
+    Needs,
+    Options,
+    QuantizeOptions,
+    Quantizer,
+    Reducer,
+    StageMethod,
+    Transform,
+    Tuner,
+)
 from gossamer.compress.quantize.grid import grid_of, quantize
 from gossamer.compress.tune import groups_of
 from gossamer.compress.tuning import TunedModel
+from gossamer.compress.units import Units
 from gossamer.formats import Codes, Dense, Format
-from gossamer.model import FAMILIES
+from gossamer.model import FAMILIES, ModelConfig, tensor_names
 
 SEEN: dict[str, list[Any]] = {}
 """What methods were given, by what it is; cleared by `register`."""
@@ -75,8 +90,8 @@ class Forgetful(BlockQuantizer):
             view.put(role, nearest(getattr(view.block, role).weight, view.form(role)))
 
 
-class _Doubled(Checkpoint):
-    """The weights of `up` doubled and those of `down` halved: the same function."""
+class _View(Checkpoint):
+    """Another checkpoint, all of it in float32."""
 
     def __init__(self, base: Checkpoint) -> None:
         self._base = base
@@ -90,9 +105,7 @@ class _Doubled(Checkpoint):
         return {"weight": self.tensor(name)}
 
     def _read(self, name: str, start: int, stop: int) -> Tensor:
-        SEEN.setdefault("read", []).append((name, stop - start))
-        weight = self._base.tensor(name, slice(start, stop))
-        return weight * {"up_proj": 2.0, "down_proj": 0.5}.get(name.split(".")[-2], 1.0)
+        return self._base.tensor(name, slice(start, stop))
 
     def _make_tokenizer(self) -> Any:
         return self._base.tokenizer()
@@ -102,6 +115,96 @@ class _Doubled(Checkpoint):
 
     def _contents(self) -> Iterator[tuple[str, Iterator[Tensor]]]:
         raise AssertionError("the fingerprint of a view is never asked for")
+
+
+class _Doubled(_View):
+    """The weights of `up` doubled and those of `down` halved: the same function."""
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        SEEN.setdefault("read", []).append((name, stop - start))
+        return super()._read(name, start, stop) * {"up_proj": 2.0, "down_proj": 0.5}.get(name.split(".")[-2], 1.0)
+
+
+class _Shorter(_View):
+    """Without one of its blocks."""
+
+    def __init__(self, base: Checkpoint, gone: int) -> None:
+        super().__init__(base)
+        self._gone = gone
+        layers = base.config.layers
+        self.config = replace(base.config, layers=layers[:gone] + layers[gone + 1 :])
+        self.hf_config = {**base.hf_config, "num_hidden_layers": len(layers) - 1}
+        self._shapes = dict(tensor_names(self.config))
+
+    def _read(self, name: str, start: int, stop: int) -> Tensor:
+        head, at, rest = name.partition("layers.")
+        if at:
+            number, _, rest = rest.partition(".")
+            name = f"{head}{at}{int(number) + (int(number) >= self._gone)}.{rest}"
+        return self._base.tensor(name, slice(start, stop))
+
+
+class DropOptions(Options):
+    block: int = 1
+
+
+class Drop(Reducer):
+    """Leaves one block away."""
+
+    name = "fake-drop"
+    needs = Needs.BLOCK
+    Options = DropOptions
+
+    def expect(self, config: ModelConfig) -> ModelConfig:
+        return replace(config, layers=config.layers[1:])
+
+    def decide(self, units: Units, tokens: Tensor | None, progress: Any) -> dict[str, Tensor]:
+        assert tokens is not None
+        SEEN.setdefault("deciding over", []).append(units.source.config.num_layers)
+        return {"gone": torch.tensor([self.options.block])}
+
+    def apply(self, checkpoint: Checkpoint, decision: Mapping[str, Tensor]) -> Checkpoint:
+        return _Shorter(checkpoint, int(decision["gone"]))
+
+    def layers_kept(self, decision: Mapping[str, Tensor], count: int) -> list[int]:
+        return [i for i in range(count) if i != int(decision["gone"])]
+
+    def peak_bytes(self, config: ModelConfig, sequences: int, length: int) -> int:
+        return 1 << 20
+
+
+class Coarse(LayerMethod):
+    """Stores signs times the mean magnitude, in float."""
+
+    name = "fake-coarse"
+    family = "factorize"
+    needs = Needs.HESSIAN
+    Options = Options
+
+    def formats(self, config: ModelConfig, before: Mapping[str, Format]) -> dict[str, Format]:
+        return dict.fromkeys(linear_shapes(config), Dense(torch.float32))
+
+    def store(self, weight: Tensor, form: Format, hessian: Tensor | None) -> dict[str, Tensor]:
+        assert hessian is not None
+        return {"weight": weight.sign() * weight.abs().mean()}
+
+
+class Repair(StageMethod, BlockMethod):
+    """Notes what it is given, doubles the first norm, and stores every weight as it is."""
+
+    name = "fake-repair"
+    family = "distill"
+    Options = Options
+
+    def formats(self, config: ModelConfig, before: Mapping[str, Format]) -> dict[str, Format]:
+        return {module: before[module] for module in linear_shapes(config)}
+
+    def compress(self, view: BlockView) -> None:
+        SEEN.setdefault("target", []).append(view.target.clone())
+        SEEN.setdefault("x", []).append(view.x.clone())
+        view.block.attn_norm.weight.mul_(2.0)
+        for role in view.roles:
+            view.store(role, {"weight": getattr(view.block, role).weight.detach().clone()})
 
 
 class Double(Transform):
@@ -150,7 +253,7 @@ class Tune(Tuner):
         model.files["tuned.txt"] = b"done"
 
 
-FAKES = (Sensitive, Folding, Forgetful, Double, Tune)
+FAKES = (Sensitive, Folding, Forgetful, Double, Tune, Drop, Coarse, Repair)
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,13 @@ from torch import Tensor
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.load import load_decoder
 from gossamer.compress.calibration import Calibration, token_hash
+from gossamer.compress.method import GridMethod
 from gossamer.compress.pipeline import Result, compress
 from gossamer.compress.plan import make_plan
 from gossamer.compress.recipe import Recipe, parse_recipe
+from gossamer.compress.registry import METHODS
 from gossamer.compress.units import Units
-from gossamer.errors import CompressionError, RecipeError, UsageError
+from gossamer.errors import CompressionError, RecipeError, ResumeMismatch, UsageError
 from gossamer.model.decoder import Block, Decoder
 from tiny_llama import make_folder
 
@@ -43,7 +45,7 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def recipe(*stages: str | dict[str, Any]) -> Recipe:
     full = [{"method": s} if isinstance(s, str) else s for s in stages]
     for stage in full:
-        if stage["method"] not in ("fake-tune", "fake-double"):
+        if issubclass(METHODS[stage["method"]], GridMethod):
             stage.setdefault("group_size", 32)
     return parse_recipe({"version": 1, "name": "r", "stages": full}, "test")
 
@@ -79,6 +81,7 @@ EVERY_KIND = [
     pytest.param(({"method": "rtn", "symmetric": False, "head": HEAD}, "fake-tune"), id="tuner"),
     pytest.param(("rtn", {"method": "fake-tune", "latent": True}, "fake-tune"), id="two tuners"),
     pytest.param(("fake-double", "fake-fold", "fake-tune"), id="all"),
+    pytest.param(("fake-drop", "fake-coarse", "fake-repair", "gptq", "fake-tune"), id="parts"),
 ]
 
 
@@ -339,15 +342,63 @@ def test_a_key_of_layers_that_means_no_layer_is_refused_before_any_work(model: P
         (("fake-tune", "rtn"), r"stage 1 \(fake-tune\) trains a compressed model, but nothing", "after rtn"),
         (("fake-double",), "no stage compresses", "gptq"),
         (("fake-fold", "gptq"), "both quantize the same weights", "one"),
+        (("rtn", "fake-drop"), r"stage 2 \(fake-drop\) changes float weights, but stage 1 \(rtn\)", "before rtn"),
+        (("fake-coarse", "fake-coarse"), r"stage 2 \(fake-coarse\) makes whole matrices anew", "keep one"),
+        (("fake-coarse", "fake-drop"), r"stage 2 \(fake-drop\) makes whole matrices anew", "before fake-coarse"),
+        (("fake-repair", "rtn"), r"stage 1 \(fake-repair\) brings back what", "before fake-repair"),
+        (("fake-drop", "fake-double"), r"stage 2 \(fake-double\) only prepares", "remove"),
+        (("fake-drop", {"method": "rtn", "budget": 4.5}), "a budget is measured on the model that", "two steps"),
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, tuple) else None,
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
 )
 def test_orders_that_make_no_sense_are_refused_with_the_reason(
-    model: Path, stages: tuple[str, ...], reason: str, hint: str
+    model: Path, stages: tuple[Any, ...], reason: str, hint: str
 ) -> None:
     with pytest.raises(RecipeError, match=reason) as caught:
         recipe(*stages)
     assert hint in (caught.value.hint or "")
+
+
+def test_a_model_without_a_block_is_compared_with_the_original_that_has_it(model: Path, tmp_path: Path) -> None:
+    run(model, recipe("fake-drop", "fake-coarse", "fake-repair"), tmp_path / "out")
+    original = load_decoder(open_checkpoint(model))
+    outputs = stream(original, calibration().tokens)
+    assert SEEN["deciding over"] == [3]
+    assert len(SEEN["target"]) == 2
+    for found, wanted in zip(SEEN["target"], (outputs[1], outputs[2]), strict=True):  # block 0 stands for 0 and 1
+        assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+    made = open_checkpoint(tmp_path / "out")
+    assert made.config.num_layers == 2
+    for i, was in enumerate((0, 2)):
+        weight = open_checkpoint(model).tensor(f"{linear_names(was)['up']}.weight")
+        stored = made.tensor(f"{linear_names(i)['up']}.weight")
+        assert torch.allclose(stored, weight.sign() * weight.abs().mean())
+        assert torch.equal(made.tensor(f"model.layers.{i}.input_layernorm.weight"), torch.full((64,), 2.0))
+    assert not list(tmp_path.glob(".out*"))
+
+
+def test_a_part_compresses_what_the_part_before_has_made(model: Path, tmp_path: Path) -> None:
+    run(model, recipe("fake-drop", "gptq"), tmp_path / "at-once")
+    run(model, recipe("fake-drop"), tmp_path / "shorter")
+    run(tmp_path / "shorter", recipe("gptq"), tmp_path / "then")
+    at_once, then = (load_file(tmp_path / n / "model.safetensors") for n in ("at-once", "then"))
+    assert at_once.keys() == then.keys()
+    assert all(torch.equal(at_once[name], then[name]) for name in then)
+    manifest = json.loads((tmp_path / "at-once" / "gossamer.json").read_text())
+    assert [s["method"] for s in manifest["recipe"]["stages"]] == ["fake-drop", "gptq"]
+    assert manifest["base"]["fingerprint"] == open_checkpoint(model).fingerprint()
+
+
+def test_a_run_whose_later_part_has_changed_is_not_resumed(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gossamer.compress.pipeline.make_units", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        run(model, recipe("fake-drop", {"method": "rtn", "bits": 4}), tmp_path / "out")
+    monkeypatch.undo()
+    register(monkeypatch)
+    with pytest.raises(ResumeMismatch, match=r"stages\[1\].bits was 4, is now 8"):
+        run(model, recipe("fake-drop", {"method": "rtn", "bits": 8}), tmp_path / "out")
 
 
 def test_every_kind_but_rounding_asks_for_tokens(model: Path, tmp_path: Path) -> None:
@@ -371,6 +422,11 @@ def test_the_plan_counts_what_each_kind_takes(model: Path) -> None:
     assert gradient.peak_bytes == max(gradient.phases.values()) >= hungry.peak_bytes
     assert set(tuned.phases) == {"quantizing", "fake-tune"}
     assert tuned.disk_bytes > plan("rtn").disk_bytes
+    parts = plan("fake-drop", "rtn")
+    assert set(parts.phases) == {"fake-drop", "quantizing"}
+    assert parts.input_bytes == hungry.input_bytes
+    assert parts.output_bytes < plan("rtn").output_bytes  # a block is gone
+    assert parts.scratch_bytes > 2 * 2 * weights // 3  # the shorter model in bfloat16
     fold = plan("fake-fold")
     stream = 4 * 32 * 512 * config.hidden_size
     assert fold.peak_bytes > 2 * stream + fake_methods.Folding(fold_options()).peak_bytes(config, 0, 32, 512)
