@@ -32,6 +32,7 @@ from .report import report
 from .run import run
 from .serve import serve
 from .study import study_precision
+from .study_combine import study_combine
 
 
 class _Commands(TyperGroup):
@@ -86,6 +87,7 @@ app.command("eval")(eval_)
 app.command()(bench)
 app.command("bench serve")(bench_serve)
 app.command("study precision")(study_precision)
+app.command("study combine")(study_combine)
 app.command()(report)
 app.command()(doctor)
 

@@ -90,7 +90,7 @@ def study_precision(
         ),
         speed=SpeedPlan(prompt_tokens, output_tokens, 1, repetitions, 1),
         batches=tuple(_numbers(batch)),
-        formats=VARIANTS if formats is None else tuple(_names(formats)),
+        formats=VARIANTS if formats is None else tuple(names_of(formats)),
         method=method,
         calibration={key: value for key, value in text.items() if value is not None},
     )
@@ -102,7 +102,7 @@ def study_precision(
     limit = None if max_size is None else _bytes(max_size)
     check_writable(study.records)
     with progress(quiet) as report:
-        records = run_study(study, lambda recipe, folder, say: _made(study, recipe, folder, say), report)
+        records = run_study(study, lambda recipe, folder, say: made_by(study, recipe, folder, say), report)
     return _finish(study, records, limit, max_kld, json, quiet)
 
 
@@ -152,7 +152,7 @@ def _show(rows: Sequence[StudyRow], said: Sequence[str], protocol: Sequence[str]
         screen.print(Text(sentence, style="bold" if n == 0 else ""))
 
 
-def _made(study: PrecisionStudy, recipe: Recipe, out: Path, report: Progress) -> dict[str, Any]:
+def made_by(study: PrecisionStudy, recipe: Recipe, out: Path, report: Progress) -> dict[str, Any]:
     """The record of an artifact that is made in a process of its own, so that its cost is its own."""
     from ..measure.records import engine_block, make_record, unknown_model_block
     from ..measure.worker import Job, WorkerError, run_job
@@ -209,7 +209,7 @@ def _numbers(text: str) -> list[int]:
         raise UsageError(f"--batch {text!r} is not a list of numbers", hint="such as --batch 1,8,64") from error
 
 
-def _names(text: str) -> list[str]:
+def names_of(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 

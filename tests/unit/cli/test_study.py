@@ -110,3 +110,21 @@ def test_sizes(text: str, count: int | None) -> None:
             _bytes(text)
     else:
         assert _bytes(text) == count
+
+
+def test_a_study_of_pairs_ends_in_a_matrix_with_reasons_for_its_gaps(
+    tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pairs"
+    command = ["study", "combine", tiny, "--out", str(out), *SMALL[:4], *SMALL[-4:], "--quiet"]
+    assert main([*command, "--stages", "rotate,int3"]) == 0
+    printed = capsys.readouterr().out
+    assert "than int3 alone" in printed
+    assert "changes float weights, but stage 1 (gptq) has quantized them" in printed
+    assert kinds(out / "study.jsonl") == [("compress", "ok")] * 2 + [("eval", "ok")] * 3
+    assert "| rotate | int3 |" in (out / "combine.md").read_text()
+    assert main([*command, "--stages", "rotate,int3", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [(pair["first"], pair["second"]) for pair in answer["pairs"]] == [("rotate", "int3")]
+    assert main([*command, "--stages", "rotat"]) == 2
+    assert "rotate" in capsys.readouterr().err
