@@ -13,12 +13,13 @@ from gossamer.compress.blockview import BlockView
 from gossamer.formats import Format
 from gossamer.model.config import LayerConfig, ModelConfig, Rope
 from gossamer.model.decoder import Block, RMSNorm, Rotation
+from gossamer.model.families import LINEARS
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN = 64, 4, 2, 16, 96
 
 
 def make_config(bias: bool = False) -> ModelConfig:
-    layer = LayerConfig(HEADS, KV_HEADS, HEAD_DIM, FFN, attention_bias=bias, ffn_bias=bias)
+    layer = LayerConfig(HEADS, KV_HEADS, HEAD_DIM, FFN, frozenset(LINEARS if bias else ()))
     return ModelConfig("llama", 300, HIDDEN, (layer,), 1e-5, Rope(), "silu", False, 128)
 
 

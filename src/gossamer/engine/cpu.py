@@ -184,8 +184,8 @@ class _Loader:
     def _layer(self, i: int, layer: LayerConfig) -> dict[str, Any]:
         """Arguments of the executor's add_layer."""
         name = {role: self.family.module(role, i) for role in self.family.modules}
-        qkv, qkv_bias = self._fused([name[r] for r in ("q", "k", "v")], layer.has_bias("q"), interleave=False)
-        gate_up, gate_up_bias = self._fused([name[r] for r in ("gate", "up")], layer.has_bias("gate"), interleave=True)
+        qkv, qkv_bias = self._fused(i, ("q", "k", "v"), interleave=False)
+        gate_up, gate_up_bias = self._fused(i, ("gate", "up"), interleave=True)
         return {
             "heads": layer.num_heads,
             "kv_heads": layer.num_kv_heads,
@@ -197,19 +197,29 @@ class _Loader:
             "qkv": qkv,
             "qkv_bias": qkv_bias,
             "output": self.packer.pack([name["o"]]),
-            "output_bias": self._vector(name["o"], "bias") if layer.has_bias("o") else None,
+            "output_bias": self._bias(i, "o"),
             "gate_up": gate_up,
             "gate_up_bias": gate_up_bias,
             "down": self.packer.pack([name["down"]]),
-            "down_bias": self._vector(name["down"], "bias") if layer.has_bias("down") else None,
+            "down_bias": self._bias(i, "down"),
         }
 
-    def _fused(self, modules: Sequence[str], bias: bool, interleave: bool) -> tuple[list[Any], list[Any]]:
+    def _fused(self, i: int, roles: Sequence[str], interleave: bool) -> tuple[list[Any], list[Any]]:
         """Weights that read one input, as one if all are stored alike, and the bias of each."""
-        biases = [self._vector(m, "bias") for m in modules] if bias else []
+        modules = [self.family.module(role, i) for role in roles]
+        biases = [self._bias(i, role) for role in roles]
         if not self.packer.alike(modules):
-            return [self.packer.pack([m]) for m in modules], biases or [None] * len(modules)
-        return [self.packer.pack(modules, interleave)], [np.concatenate(biases) if bias else None]
+            return [self.packer.pack([m]) for m in modules], biases
+        if all(bias is None for bias in biases):
+            return [self.packer.pack(modules, interleave)], [None]
+        rows = [self.checkpoint.shape(f"{m}.weight")[0] for m in modules]
+        filled = [np.zeros(n, np.float32) if b is None else b for b, n in zip(biases, rows, strict=True)]
+        return [self.packer.pack(modules, interleave)], [np.concatenate(filled)]
+
+    def _bias(self, i: int, role: str) -> NDArray[np.float32] | None:
+        if not self.checkpoint.config.layers[i].has_bias(role):
+            return None
+        return self._vector(self.family.module(role, i), "bias")
 
     def _vector(self, module: str, what: str = "weight") -> NDArray[np.float32]:
         vector: NDArray[np.float32] = self.checkpoint.tensor(f"{module}.{what}").contiguous().numpy()

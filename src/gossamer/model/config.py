@@ -32,8 +32,8 @@ class LayerConfig:
     num_kv_heads: int
     head_dim: int
     ffn_width: int
-    attention_bias: bool = False
-    ffn_bias: bool = False
+    biases: frozenset[str] = frozenset()
+    """Roles of the linear layers that add a bias."""
 
     @property
     def q_size(self) -> int:
@@ -61,7 +61,7 @@ class LayerConfig:
         }
 
     def has_bias(self, role: str) -> bool:
-        return self.ffn_bias if role in {"gate", "up", "down"} else self.attention_bias
+        return role in self.biases
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=_integer(hf, "num_key_value_heads", heads),
         head_dim=head_dim,
         ffn_width=_integer(hf, "intermediate_size"),
-        attention_bias=bool(hf.get("attention_bias", False)),
-        ffn_bias=bool(hf.get("mlp_bias", False)),
+        biases=frozenset(
+            (LINEARS[:4] if hf.get("attention_bias") else ()) + (LINEARS[4:] if hf.get("mlp_bias") else ())
+        ),
     )
     max_positions = _integer(hf, "max_position_embeddings", 2048)
     window = _integer(hf, "sliding_window", max_positions)
@@ -148,8 +149,7 @@ def _layers(hf: Mapping[str, Any], base: LayerConfig) -> tuple[LayerConfig, ...]
             num_kv_heads=_integer(row, "num_kv_heads", base.num_kv_heads),
             head_dim=base.head_dim,
             ffn_width=_integer(row, "ffn_width", base.ffn_width),
-            attention_bias=base.attention_bias,
-            ffn_bias=base.ffn_bias,
+            biases=_biases(row, base.biases),
         )
         for row in ragged
     )
@@ -160,6 +160,15 @@ def _layers(hf: Mapping[str, Any], base: LayerConfig) -> tuple[LayerConfig, ...]
                 f"its {layer.num_kv_heads} key-value heads"
             )
     return layers
+
+
+def _biases(row: Mapping[str, Any], default: frozenset[str]) -> frozenset[str]:
+    roles = row.get("biases")
+    if roles is None:
+        return default
+    if not isinstance(roles, list) or not all(isinstance(r, str) and r in LINEARS for r in roles):
+        raise CorruptCheckpoint(f"config.json: biases is {roles!r}, expected a list of roles from {', '.join(LINEARS)}")
+    return frozenset(roles)
 
 
 def _rope(hf: Mapping[str, Any], max_positions: int) -> Rope:

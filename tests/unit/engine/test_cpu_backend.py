@@ -26,7 +26,7 @@ WIDE = {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 1, 
 """Many heads to one, narrower than any vector, and widths that fill neither tiles nor blocks."""
 
 
-@pytest.fixture(scope="module", params=["dense", "packed", "biases", "wide", "packed-gelu"])
+@pytest.fixture(scope="module", params=["dense", "packed", "biases", "some biases", "wide", "packed-gelu"])
 def folder(request, write_tiny_model, tmp_path_factory):
     changes = {"max_position_embeddings": 300}
     if request.param == "wide":
@@ -35,6 +35,10 @@ def folder(request, write_tiny_model, tmp_path_factory):
         changes |= {"num_hidden_layers": len(RAGGED), "gossamer_layers": RAGGED}
     if request.param == "biases":
         changes |= {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+    if request.param == "some biases":
+        roles = [["o", "down"], ["k", "up"], [], ["q", "v", "gate"]]
+        rows = [row | {"biases": roles[i % len(roles)]} for i, row in enumerate(RAGGED)]
+        changes |= {"gossamer_layers": rows}
     if request.param == "packed-gelu":
         changes |= {"hidden_act": "gelu_pytorch_tanh"}
     path = tmp_path_factory.mktemp("models") / request.param

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gossamer.errors import UnsupportedModel
-from gossamer.model import config_from_hf
+from gossamer.errors import CorruptCheckpoint, UnsupportedModel
+from gossamer.model import config_from_hf, tensor_names
 
 SAID = {
     "vocab_size": 131, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 16,
@@ -38,3 +38,19 @@ def test_keys_that_a_llama_leaves_out():
     layer = ours.layers[0]
     assert (layer.num_kv_heads, layer.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
     assert (ours.max_positions, ours.norm_eps) == (theirs.max_position_embeddings, theirs.rms_norm_eps)
+
+
+def test_biases_of_a_layer_are_said_by_role():
+    llama = {**SAID, "model_type": "llama", "attention_bias": True}
+    ours = config_from_hf({**llama, "gossamer_layers": [{}, {"biases": ["o", "down"]}]})
+    assert ours.layers[0].biases == {"q", "k", "v", "o"}
+    assert ours.layers[1].biases == {"o", "down"}
+    shapes = tensor_names(ours)
+    assert shapes["model.layers.1.mlp.down_proj.bias"] == (64,)
+    assert "model.layers.1.self_attn.q_proj.bias" not in shapes
+
+
+@pytest.mark.parametrize("biases", ["o", {"o": 1}, ["o", "norm"], [["o"]], [None]])
+def test_biases_of_no_role_are_refused(biases):
+    with pytest.raises(CorruptCheckpoint, match="biases"):
+        config_from_hf({**SAID, "model_type": "llama", "gossamer_layers": [{}, {"biases": biases}]})
