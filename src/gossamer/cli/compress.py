@@ -135,7 +135,7 @@ def _say(row: dict[str, Any], result: Result) -> None:
         f"made in {cost['seconds']:.0f} s with at most {cost['peak_rss_bytes'] / 1e9:.2f} GB of memory{resumed}"
     )
     if OWN_PREFIX in (result.path / "config.json").read_text(encoding="utf-8"):
-        remark("only Gossamer reads this folder, transformers and vLLM refuse it: they lack its formats")
+        remark("only Gossamer reads this folder, transformers and vLLM refuse it: they lack its formats or its shapes")
 
 
 def read_recipe(name: str) -> Recipe:

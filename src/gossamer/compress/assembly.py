@@ -79,9 +79,8 @@ def _hf_config(units: Units) -> dict[str, Any]:
     source, plan, family = units.source, units.plan, units.source.family
     config = dict(source.checkpoint.hf_config)
     config["quantization_config"] = quantization_config(plan.formats, plan.kinds, family.head)
-    if only_ours(
-        plan.formats, plan.kinds
-    ):  # others would read noise, or stop amid loading: a name they refuse is safer
+    # Others would read noise, or stop amid loading: a name they refuse is safer.
+    if only_ours(plan.formats, plan.kinds) or config.get("gossamer_layers"):
         config["model_type"] = OWN_PREFIX + source.config.family
         config["architectures"] = [f"Gossamer{family.architecture}"]
     else:  # the base may have been such a folder

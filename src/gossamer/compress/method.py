@@ -67,6 +67,8 @@ class Needs(enum.Enum):
     """A block with its inputs, and the outputs that the original has in its place."""
     MODEL = "model"
     """The finished model and the original's logits."""
+    TOKENS = "tokens"
+    """The calibration tokens: what is measured by them is the method's own affair."""
 
 
 class Options(BaseModel):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from ..errors import UnknownName
 from .method import Method
+from .prune.depth import Depth
+from .prune.flap import FLAP
+from .prune.wanda_sp import WandaSP
 from .quantize.awq import AWQ
 from .quantize.efficientqat import EfficientQAT
 from .quantize.gptq import GPTQ
@@ -21,6 +24,9 @@ from .tune.scales import Scales
 
 _ROWS: tuple[type[Method], ...] = (
     Rotate,
+    WandaSP,
+    FLAP,
+    Depth,
     RTN,
     HQQ,
     GPTQ,

@@ -45,11 +45,19 @@ def walk(block: Block, x: Tensor, rotation: Rotation, compress: Compress) -> Non
         x[c] += block.linear("down", gated[c])
 
 
-def advance(block: Block, x: Tensor, rotation: Rotation) -> None:
-    """Carry the residual stream through a block that is compressed already, by the same arithmetic as `walk`."""
+def advance(block: Block, x: Tensor, rotation: Rotation, see: Callable[[str, Tensor], None] | None = None) -> None:
+    """Carry the residual stream through a block that is compressed already, by the same arithmetic as `walk`.
+
+    `see` is given the inputs [some sequences, time, in] of `o` and `down` as they come.
+    """
     for c in slices(x):
-        x[c] += block.linear("o", block.mix(block.attn_norm(x[c]), rotation))
-        x[c] += block.linear("down", block.gated(block.ffn_norm(x[c])))
+        mixed = block.mix(block.attn_norm(x[c]), rotation)
+        x[c] += block.linear("o", mixed)
+        gated = block.gated(block.ffn_norm(x[c]))
+        x[c] += block.linear("down", gated)
+        if see is not None:
+            see("o", mixed)
+            see("down", gated)
 
 
 def hessian(inputs: Iterator[Tensor]) -> Tensor:
