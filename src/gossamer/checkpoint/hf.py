@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CorruptCheckpoint, ModelNotFound, ShapeMismatch, UnsupportedModel
-from ..formats import Codebook, Dense, Format, Integer, Kind, KMeans, Layout, layout_from_quantization_config
+from ..formats import Codebook, Dense, Format, Integer, Kind, KMeans, Layout, LowRank, layout_from_quantization_config
 from ..formats import outliers as outlier_tensors
+from ..formats.low_rank import SIDES, local_name
 from ..model.families import FAMILIES
 from . import pickle_io
 from .base import Checkpoint, check_tensors, expected_shapes, parse_config, row_blocks
@@ -162,11 +163,13 @@ class HFCheckpoint(Checkpoint):
             form = layout(module, kind)
         except (re.error, TypeError, ValueError, RecursionError) as error:
             raise CorruptCheckpoint(f"{self.path}/config.json: quantization_config: {error}") from error
-        return self._as_found(form, module)
+        return self._as_found(form, module, "weight")
 
-    def _as_found(self, form: Format, module: str) -> Format:
+    def _as_found(self, form: Format, module: str, weight: str) -> Format:
         """The format with what config.json does not say: the dtype of the scales, the number of outliers."""
-        scale, outliers = f"{module}.weight_scale", f"{module}.{outlier_tensors.VALUES}"
+        if isinstance(form, LowRank):
+            return replace(form, inner=self._as_found(form.inner, module, "weight_u"))
+        scale, outliers = f"{module}.{weight}_scale", f"{module}.{outlier_tensors.VALUES}"
         if isinstance(form, Integer | Codebook) and scale in self._sources:
             form = replace(form, scale_dtype=self._sources[scale].info(scale).dtype)
         if isinstance(form, Integer | KMeans) and form.outliers and outliers in self._sources:
@@ -195,13 +198,28 @@ class HFCheckpoint(Checkpoint):
 
     def _check_packed(self, form: Format, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that the stored tensors of a weight say it has."""
-        if isinstance(form, Integer | Codebook) and not form.fixed_scales and form.scale_dtype not in _FLOATS:
-            raise CorruptCheckpoint(f"{self.path}: the scales of {name!r} are {form.scale_dtype}")
+        coded = form.inner if isinstance(form, LowRank) else form
+        if isinstance(coded, Integer | Codebook) and not coded.fixed_scales and coded.scale_dtype not in _FLOATS:
+            raise CorruptCheckpoint(f"{self.path}: the scales of {name!r} are {coded.scale_dtype}")
+        if isinstance(form, LowRank):
+            return self._check_factors(form, name, shape)
         full = self._stored_names[name].get("weight_shape")
         if full is None:
             return shape
         said: list[int] = self._sources[full].read(full).tolist()
         return tuple(said)
+
+    def _check_factors(self, form: LowRank, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that two factors have as one, if each says the shape that it must have."""
+        for side in SIDES:
+            full = self._stored_names[name].get(local_name(side, "weight_shape"))
+            said = form.shape(side, shape) if full is None else tuple(self._sources[full].read(full).tolist())
+            if said != form.shape(side, shape):
+                raise CorruptCheckpoint(
+                    f"{self.path}: {full!r} says {list(said)}, {form.name} of a weight {list(shape)} needs "
+                    f"{list(form.shape(side, shape))}"
+                )
+        return shape
 
     def _dense_dtype(self, name: str, dtype: torch.dtype) -> torch.dtype:
         if dtype not in _FLOATS:

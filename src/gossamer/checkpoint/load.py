@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..formats import Codebook, Dense, Format, Integer, KMeans
+from ..formats import Codebook, Dense, Format, Integer, KMeans, LowRank, TensorTrain
 from ..formats.linear import DenseEmbedding, DenseLinear, PackedEmbedding, stored_linear
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
@@ -59,7 +59,7 @@ def resident_bytes(checkpoint: Checkpoint, dtype: torch.dtype, packed: bool) -> 
         shape = checkpoint.shape(name)
         if packed and len(shape) == 2 and _stays_packed(checkpoint, name):
             form = checkpoint.format(name)
-            total += (form if is_packed(form) else Dense(torch.bfloat16)).nbytes(shape)
+            total += (_held(form) if is_packed(form) else Dense(torch.bfloat16)).nbytes(shape)
         else:
             total += torch.Size(shape).numel() * dtype.itemsize
     return total
@@ -106,7 +106,13 @@ def _fill(decoder: Decoder, place: _Place, checkpoint: Checkpoint, dtype: torch.
 
 def is_packed(form: Format) -> bool:
     """True if a layer multiplies by what is stored: for all formats of a folder but dense ones."""
-    return isinstance(form, Integer | Codebook | KMeans)
+    return isinstance(form, Integer | Codebook | KMeans | LowRank | TensorTrain)
+
+
+def _held(form: Format) -> Format:
+    """How a layer holds a packed weight: as it is stored, but for factors in float16, which no kernel multiplies."""
+    half = isinstance(form, LowRank) and form.inner == Dense(torch.float16)
+    return form.holding(Dense(torch.float32)) if half else form
 
 
 def _stays_packed(checkpoint: Checkpoint, name: str) -> bool:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CompressionError, NumericalError
-from ..formats import Codes, Format
+from ..formats import Codes, Format, LowRank
 from ..model.decoder import Block, Rotation
 from .blockview import BlockView
+from .factorize.quantized import quantize_factors
 from .gradients import gradient_unit, measure
 from .method import BlockMethod, GridMethod, LayerMethod, Needs, Quantizer, WeightMethod
 from .plan import ROUND_AT_ONCE
@@ -102,7 +103,10 @@ class _Maker:
             tensors: dict[str, Tensor] = {}
             notes: list[dict[str, Any]] = []
             for role in self.config.layers[i].linear_shapes(self.config.hidden_size):
-                stored, note = self._stored_alone(i, role, self.family.module(role, i))
+                module = self.family.module(role, i)
+                if module not in self.units.plan.stored:
+                    continue
+                stored, note = self._stored_alone(i, role, module)
                 tensors |= stored
                 notes.append(note)
             self.units.write(block_unit(i), tensors, {"layers": notes})
@@ -120,8 +124,11 @@ class _Maker:
         else:
             assert isinstance(self.method, GridMethod)
             method = self.method if isinstance(self.method, Quantizer) and i is not None else RTN(self.method.options)
-            codes, error = self._round_weight(name, form, method)
-            packed = form.pack(codes)
+            if isinstance(form, LowRank):
+                packed, error = self._round_factors(name, form, method)
+            else:
+                codes, error = self._round_weight(name, form, method)
+                packed = form.pack(codes)
         return _named_tensors(module, packed), _note(i, role, form, shape, error)
 
     def _round_weight(self, name: str, form: Format, method: Quantizer) -> tuple[Codes, float]:
@@ -137,6 +144,20 @@ class _Maker:
             total += float(weight.square().sum())
             parts.append(part)
         return Codes.cat(parts), lost / total if total else 0.0
+
+    def _round_factors(self, name: str, form: LowRank, method: Quantizer) -> tuple[dict[str, Tensor], float]:
+        """Stored tensors of factors that need no statistics, and the relative squared error of their product."""
+        u, v = self._factors(name)
+        packed = _naming([name], partial(quantize_factors, method, form, u, v, None))
+        weight = u @ v
+        return packed, float((form.unpack(packed) - weight).square().sum() / weight.square().sum().clamp(min=1e-30))
+
+    def _factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """The two factors in float32 of a weight that an earlier part has factorized."""
+        checkpoint = self.source.checkpoint
+        given = checkpoint.format(name)
+        assert isinstance(given, LowRank)
+        return given.factors(checkpoint.stored(name))
 
     def _blocks_by_inputs(self, method: Quantizer | LayerMethod, tokens: Tensor) -> None:
         """Every block by a method that needs its inputs: x [sequences, length, hidden] goes from block to block."""
@@ -173,6 +194,15 @@ class _Maker:
             for role, part, before in zip(roles, codes.split([len(w) for w in weights]), weights, strict=True):
                 put(role, form, form.pack(part), before, hessian)
 
+        def alone(role: str, form: Format, hessian: Tensor) -> dict[str, Tensor]:
+            """Stored tensors of a layer that is not a matrix of codes, and so shares nothing with its neighbours."""
+            module, weight = self.family.module(role, i), getattr(block, role).weight
+            if not isinstance(method, Quantizer):
+                return _naming([module], partial(method.store, weight, form, hessian))
+            assert isinstance(form, LowRank)
+            u, v = self._factors(f"{module}.weight")
+            return _naming([module], partial(quantize_factors, method, form, u, v, hessian))
+
         def compress_point(roles: tuple[str, ...], hessian: Tensor | None) -> None:
             assert hessian is not None
             by_form: dict[Format, list[str]] = {}
@@ -181,13 +211,11 @@ class _Maker:
                 _check_finite(f"{module}.weight", getattr(block, role).weight)
                 by_form.setdefault(self.units.form(module), []).append(role)
             for form, alike in by_form.items():
-                if isinstance(method, Quantizer):
+                if isinstance(method, Quantizer) and not isinstance(form, LowRank):
                     quantize(method, alike, form, hessian)
                     continue
                 for role in alike:
-                    weight = getattr(block, role).weight
-                    packed = _naming([self.family.module(role, i)], partial(method.store, weight, form, hessian))
-                    put(role, form, packed, weight, hessian)
+                    put(role, form, alone(role, form, hessian), getattr(block, role).weight, hessian)
 
         walk(block, x, rotation, compress_point)
         self.units.write(block_unit(i), tensors, {"layers": notes})

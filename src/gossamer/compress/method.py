@@ -340,6 +340,10 @@ class LayerMethod(StageMethod, WeightMethod):
         `hessian` [in, in] is given if the method needs it and the layer is one of a block.
         """
 
+    def peak_bytes(self, shape: tuple[int, ...]) -> int:
+        """Memory that `store` takes for a weight of this shape besides it and its Hessian; here none worth counting."""
+        return 0
+
 
 class Reducer(StageMethod):
     """A stage that makes the model's shape smaller: what goes is decided by measurement, then cut out of a view."""

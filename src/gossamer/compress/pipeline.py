@@ -29,6 +29,7 @@ from ..formats import Format
 from .assembly import CALIBRATION_FILE, assemble, versions
 from .blocks import Teacher, make_units
 from .calibration import Calibration
+from .factorize.allocation import settle_ranks
 from .journal import Journal, differences, discard, require_same
 from .method import Needs, Reducer
 from .plan import check_fit, free_disk, make_plan, plan_part
@@ -86,7 +87,8 @@ def compress(
     progress, out = progress or (lambda *_: None), Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with Lock(out):  # before a budget is settled, which may take minutes: of two runs, one is told at once
-        recipe, text = settle(transformed(checkpoint, recipe), recipe, calibration, progress)
+        view = transformed(checkpoint, recipe)
+        recipe, text = settle_ranks(view, *settle(view, recipe, calibration, progress), progress)
         text = cast("Calibration | Later | None", text)
         return _Run(checkpoint, recipe, out, text, progress).run(overwrite, restart)
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from ..errors import DoesNotFit, ShapeMismatch
-from ..formats import Dense, Format, Kind
+from ..errors import DoesNotFit, RecipeError, ShapeMismatch
+from ..formats import Dense, Format, Kind, LowRank
 from ..model import FAMILIES, ModelConfig, tensor_names
+from .factorize.allocation import open_allocation
 from .grids import linear_shapes
-from .method import BlockMethod, GridMethod, Needs, Quantizer, Reducer, WeightMethod
+from .method import BlockMethod, GridMethod, LayerMethod, Needs, Quantizer, Reducer, WeightMethod
 from .recipe import CalibrationSpec, Part, Recipe
 from .sensitivity import measuring_bytes, open_budget, presumed
 from .walk import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
@@ -69,7 +70,8 @@ def make_plan(config: ModelConfig, recipe: Recipe, dense: torch.dtype, sampling_
     `sampling_bytes`: memory that the engine takes to sample the calibration text, which this folder cannot know.
     Raises ShapeMismatch or RecipeError, naming layer and way out.
     """
-    measured = open_budget(recipe) is not None
+    ranks = open_allocation(recipe)
+    measured = ranks is not None or open_budget(recipe) is not None
     recipe = presumed(config, dense, recipe)
     input_bytes = dense.itemsize * sum(math.prod(s) for s in tensor_names(config).values())
     text, phases, scratch = recipe.calibration, dict[str, int](), 0
@@ -89,7 +91,8 @@ def make_plan(config: ModelConfig, recipe: Recipe, dense: torch.dtype, sampling_
     if sampling_bytes:
         phases["sampling"] = RUN_BYTES + sampling_bytes
     if measured:
-        phases["measuring sensitivity"] = RUN_BYTES + measuring_bytes(config)
+        walked = 0 if ranks is None else _peak(config, ranks, text, False)
+        phases["measuring sensitivity"] = RUN_BYTES + measuring_bytes(config) + walked
     return replace(
         made,
         input_bytes=input_bytes,
@@ -118,6 +121,7 @@ def plan_part(
     before = {module: before.get(module, form) for module, form in dense_formats(config, dense).items()}
     stored = part.main.formats(config, before) if isinstance(part.main, WeightMethod) else {}
     formats = {**before, **stored}
+    _check_factors(formats, part)
     kinds: dict[str, Kind] = {m: "embedding" if m == family.embed else "linear" for m in formats}
     sizes = _stored_bytes(config, formats, dense)
     ends = [m for m in (family.embed, family.head) if m in stored]
@@ -145,6 +149,24 @@ def plan_part(
         phases=phases,
         sampling_bytes=0,
     )
+
+
+def _check_factors(formats: Mapping[str, Format], part: Part) -> None:
+    """Raises RecipeError if a stage needs whole matrices where factors are."""
+    factored = next((module for module, form in formats.items() if isinstance(form, LowRank)), None)
+    if factored is None:
+        return
+    whole = isinstance(part.main, GridMethod) and not isinstance(part.main, Quantizer)
+    if whole or part.main.needs is Needs.GRADIENT:
+        raise RecipeError(
+            f"{part.main.name} works on whole matrices, but {factored} is two factors",
+            hint="quantize factors by gptq, hqq or rtn",
+        )
+    if part.tuners:
+        raise RecipeError(
+            f"{part.tuners[0].name} trains codes of whole matrices, but {factored} is two factors",
+            hint=f"leave {part.tuners[0].name} away, or do not factorize",
+        )
 
 
 def check_fit(plan: Plan, memory: int, disk: int, needs_statistics: bool) -> None:
@@ -184,7 +206,8 @@ def _stored_bytes(config: ModelConfig, formats: dict[str, Format], dense: torch.
         try:
             total += form.nbytes(shape)
         except ShapeMismatch as e:
-            raise ShapeMismatch(f"{name}: {e.message}", hint=f"{e.hint}; or group_size: auto") from e
+            hint = e.hint if isinstance(form, LowRank) else f"{e.hint}; or group_size: auto"
+            raise ShapeMismatch(f"{name}: {e.message}", hint=hint) from e
     return total
 
 
@@ -194,7 +217,8 @@ def _peak(config: ModelConfig, method: WeightMethod, text: CalibrationSpec, pack
     rounding = 10 * 4 * ROUND_AT_ONCE
     if method.needs is Needs.NOTHING:
         block = max(_block_parameters(config, i) for i in range(config.num_layers))
-        return BASE_BYTES + rounding + max(2 * block, embedding)
+        own = max(map(method.peak_bytes, linear_shapes(config).values())) if isinstance(method, LayerMethod) else 0
+        return BASE_BYTES + rounding + max(2 * block + own, embedding)
     peak = rounding + embedding if embedding else 0
     for i in range(config.num_layers):
         if isinstance(method, BlockMethod):
@@ -202,12 +226,14 @@ def _peak(config: ModelConfig, method: WeightMethod, text: CalibrationSpec, pack
             streams = 2 * 4 * text.sequences * text.length * config.hidden_size
             peak = max(peak, streams + 4 * _block_parameters(config, i) + max(learned, _step_bytes(config, i, text)))
         else:
-            peak = max(peak, _walk_peak(config, i, text, method.needs is Needs.GRADIENT))
+            shapes = config.layers[i].linear_shapes(config.hidden_size).values()
+            own = max(map(method.peak_bytes, shapes)) if isinstance(method, LayerMethod) else 0
+            peak = max(peak, _walk_peak(config, i, text, method.needs is Needs.GRADIENT, own))
     return BASE_BYTES + peak
 
 
-def _walk_peak(config: ModelConfig, i: int, text: CalibrationSpec, gradient: bool) -> int:
-    """A block whose layers are compressed on their inputs, one point after another."""
+def _walk_peak(config: ModelConfig, i: int, text: CalibrationSpec, gradient: bool, own: int) -> int:
+    """A block whose layers are compressed on their inputs, one point after another; `own` is the method's."""
     layer = config.layers[i]
     tokens = text.sequences * text.length
     stream = 4 * tokens * config.hidden_size
@@ -215,7 +241,7 @@ def _walk_peak(config: ModelConfig, i: int, text: CalibrationSpec, gradient: boo
     wide = 4 * tokens * max(layer.ffn_width, layer.q_size)
     square = 2 * 4 * max(layer.ffn_width, layer.q_size, config.hidden_size) ** 2  # Hessian and its factor
     weights = max(2 * layer.ffn_width * config.hidden_size, layer.q_size * config.hidden_size)
-    work = (5 if gradient else 4) * 4 * weights
+    work = (5 if gradient else 4) * 4 * weights + own
     return stream + block + max(wide + square + work // 2, work + square // 2) + _step_bytes(config, i, text)
 
 

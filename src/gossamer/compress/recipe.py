@@ -23,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import RecipeError, UnknownName, did_you_mean
+from .factorize.rank import Factorizer
 from .method import GridMethod, LayerMethod, Method, Needs, Reducer, Transform, Tuner, WeightMethod
 from .registry import METHODS, method_class
 
@@ -66,8 +67,10 @@ class Part:
 
     @property
     def budget(self) -> bool:
-        """True if the main stage has a number of bits to spend."""
-        return isinstance(self.main, GridMethod) and self.main.options.budget is not None
+        """True if the main stage has a number of bits, or of parameters, to spend by measurement."""
+        if isinstance(self.main, GridMethod):
+            return self.main.options.budget is not None
+        return isinstance(self.main, Factorizer) and self.main.options.allocate is not None
 
 
 class Recipe(BaseModel):
@@ -244,6 +247,13 @@ def _check_order(methods: list[Method]) -> None:
             "a budget is measured on the model that the recipe begins with, but here others change it first",
             hint="compress in two steps, the second with the budget",
         )
+    for i in mains[1:]:
+        method = methods[i]
+        if isinstance(method, Factorizer) and method.options.allocate:
+            raise RecipeError(
+                f"stage {named[i]} allocates ranks by the model that the recipe begins with, but others change it",
+                hint="compress in two steps, the second with `allocate`",
+            )
 
 
 def _check_pair(first: Method, second: Method, named: str, here: str) -> None:

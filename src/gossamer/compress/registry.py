@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from ..errors import UnknownName
+from .factorize.asvd import ASVD
+from .factorize.svd import SVD
+from .factorize.svd_llm import SVDLLM
+from .factorize.tensor_train import TensorTrainEmbedding
 from .method import Method
 from .prune.depth import Depth
 from .prune.flap import FLAP
@@ -27,6 +31,10 @@ _ROWS: tuple[type[Method], ...] = (
     WandaSP,
     FLAP,
     Depth,
+    SVD,
+    ASVD,
+    SVDLLM,
+    TensorTrainEmbedding,
     RTN,
     HQQ,
     GPTQ,

@@ -49,7 +49,7 @@ MEASURE = 1
 """Counts changes of the measurement, so that an old cache is not taken for a new one."""
 
 
-class _Later(Protocol):
+class Later(Protocol):
     """A calibration that is yet to be made."""
 
     @property
@@ -77,8 +77,8 @@ def open_budget(recipe: Recipe) -> GridMethod | None:
 
 
 def settle(
-    checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | _Later | None, progress: Progress
-) -> tuple[Recipe, Calibration | _Later | None]:
+    checkpoint: Checkpoint, recipe: Recipe, calibration: Calibration | Later | None, progress: Progress
+) -> tuple[Recipe, Calibration | Later | None]:
     """The recipe with every layer's grid decided, and its calibration; both as they came if no budget is open.
 
     Loads the whole model in float32. Raises CompressionError if the budget is below what the candidates can reach,
@@ -226,15 +226,23 @@ def _cached_losses(
 ) -> list[list[float]]:
     """Losses by group and candidate; measured once for a model, tokens and candidates."""
     asked = [[group.modules, [form.name for form in group.forms]] for group in groups]
-    key = json.dumps([MEASURE, checkpoint.fingerprint(), token_hash(tokens), torch.__version__, asked])
-    path = cache_dir("sensitivity") / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    return remembered(
+        [MEASURE, checkpoint.fingerprint(), token_hash(tokens), torch.__version__, asked],
+        [len(group.forms) for group in groups],
+        lambda: measure(load_decoder(checkpoint, progress=progress), groups, tokens, progress),
+    )
+
+
+def remembered(asked: object, sizes: Sequence[int], measure: Callable[[], list[list[float]]]) -> list[list[float]]:
+    """Losses by group and candidate, `sizes` of them in each group, from the cache or measured now and kept there."""
+    path = cache_dir("sensitivity") / f"{hashlib.sha256(json.dumps(asked).encode()).hexdigest()}.json"
     try:
         losses = json.loads(path.read_text())
-        if [len(row) for row in losses] == [len(group.forms) for group in groups]:
+        if [len(row) for row in losses] == list(sizes):
             return [[float(loss) for loss in row] for row in losses]
     except (OSError, ValueError, TypeError):  # absent or damaged: measured again
         pass
-    losses = measure(load_decoder(checkpoint, progress=progress), groups, tokens, progress)
+    losses = measure()
     write_file(path, json.dumps(losses).encode())
     return losses
 
@@ -247,11 +255,8 @@ def measure(
 
     The decoder's weights are changed for a moment and put back. Raises NumericalError if its logits are not finite.
     """
-    rotation = decoder.rotation(torch.arange(tokens.shape[1]).expand(tokens.shape))
-    stream = [decoder.embed(tokens)]
-    for block in decoder.blocks:
-        stream.append(block(stream[-1], rotation))
-    judge = _Judge(decoder, stream[-1])
+    stream, rotation = stream_of(decoder, tokens)
+    judge = Judge(decoder, stream[-1])
     losses = []
     for done, group in enumerate(groups):
         progress("measuring sensitivity", done, len(groups))
@@ -263,7 +268,16 @@ def measure(
     return losses
 
 
-class _Judge:
+def stream_of(decoder: Decoder, tokens: Tensor) -> tuple[list[Tensor], Rotation]:
+    """The inputs of every block and the outputs of the last [sequences, time, hidden]; their rotary factors."""
+    rotation = decoder.rotation(torch.arange(tokens.shape[1]).expand(tokens.shape))
+    stream = [decoder.embed(tokens)]
+    for block in decoder.blocks:
+        stream.append(block(stream[-1], rotation))
+    return stream, rotation
+
+
+class Judge:
     """Divergence from the untouched model, of whose final states [sequences, time, hidden] it is made."""
 
     def __init__(self, decoder: Decoder, states: Tensor) -> None:
@@ -286,7 +300,7 @@ class _Judge:
             yield logp
 
 
-def _group_losses(decoder: Decoder, group: Group, x: Tensor, rotation: Rotation, judge: _Judge) -> list[float]:
+def _group_losses(decoder: Decoder, group: Group, x: Tensor, rotation: Rotation, judge: Judge) -> list[float]:
     """Loss of each candidate of a group whose block reads x [sequences, time, hidden]."""
     assert group.block is not None
     block: Any = decoder.blocks[group.block]
@@ -294,7 +308,7 @@ def _group_losses(decoder: Decoder, group: Group, x: Tensor, rotation: Rotation,
     read = _inputs(block, group.roles[0], x, rotation).flatten(0, 1)
     errors = [sum(_output_error(linear.weight, form, read) for linear in linears) for form in group.forms]
     output = sum(float((read @ linear.weight.T).square().sum()) for linear in linears)
-    probe = _probe([error / output if output else 0.0 for error in errors])
+    probe = choose_probe([error / output if output else 0.0 for error in errors])
     if errors[probe] == 0:
         return [0.0] * len(errors)
     with _rounded(linears, group.forms[probe]):
@@ -305,7 +319,7 @@ def _group_losses(decoder: Decoder, group: Group, x: Tensor, rotation: Rotation,
     return [loss * error / errors[probe] for error in errors]
 
 
-def _probe(errors: Sequence[float]) -> int:
+def choose_probe(errors: Sequence[float]) -> int:
     """The candidate to measure on: the coarsest within PROBE_ERROR, else the finest."""
     within = [i for i, error in enumerate(errors) if error <= PROBE_ERROR]
     return max(within, key=lambda i: errors[i]) if within else min(range(len(errors)), key=lambda i: errors[i])
@@ -318,7 +332,7 @@ def _output_error(weight: Tensor, form: Format, read: Tensor) -> float:
     return float((read @ (rounded(part, form) - part).T).square().sum()) * len(weight) / len(rows)
 
 
-def _end_loss(decoder: Decoder, role: str, form: Format, tokens: Tensor, judge: _Judge) -> float:
+def _end_loss(decoder: Decoder, role: str, form: Format, tokens: Tensor, judge: Judge) -> float:
     """Loss of the embedding (and of the head, if it is the same) or of the head in this format."""
     tied = decoder.config.tie_embeddings
     with _rounded([decoder.embed, decoder.head] if tied else [getattr(decoder, role)], form):

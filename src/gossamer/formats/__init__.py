@@ -7,7 +7,9 @@ from .dense import Dense
 from .integer import Integer, nearest_group_size
 from .kmeans import KMeans
 from .layout import Kind, Layout, layout_from_quantization_config, only_ours, quantization_config
+from .low_rank import LowRank
 from .own_layout import OWN_METHOD
+from .tensor_train import TensorTrain
 
 __all__ = [
     "OWN_METHOD",
@@ -19,7 +21,9 @@ __all__ = [
     "KMeans",
     "Kind",
     "Layout",
+    "LowRank",
     "Outliers",
+    "TensorTrain",
     "Tensors",
     "layout_from_quantization_config",
     "nearest_group_size",

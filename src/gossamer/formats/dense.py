@@ -9,7 +9,7 @@ import torch
 from ..errors import KernelError
 from .base import Format, Stored, Tensors
 
-_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+FLOAT_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True)
@@ -22,13 +22,13 @@ class Dense(Format):
 
     @property
     def name(self) -> str:
-        return _NAMES[self.dtype]
+        return FLOAT_NAMES[self.dtype]
 
     def stored(self, shape: tuple[int, ...]) -> Stored:
         return {"weight": (self.dtype, shape)}
 
     def unpack(self, tensors: Tensors, rows: slice | None = None) -> torch.Tensor:
         weight = tensors["weight"]
-        if weight.dtype not in _NAMES:
+        if weight.dtype not in FLOAT_NAMES:
             raise KernelError(f"a dense weight cannot be {weight.dtype}", hint="expected float32, float16 or bfloat16")
         return (weight if rows is None else weight[rows]).float()

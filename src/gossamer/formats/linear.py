@@ -1,4 +1,4 @@
-"""Layers that multiply by a weight as it is stored: packed integers, indices into levels or bfloat16; all else float32.
+"""Layers that multiply by a weight as it is stored: packed integers, indices into levels, factors, trains, bfloat16.
 
 They take the places of `nn.Linear` and `nn.Embedding` in a decoder. Knows kernels by name; knows no file and no model.
 """
@@ -6,6 +6,7 @@ They take the places of `nn.Linear` and `nn.Embedding` in a decoder. Knows kerne
 from __future__ import annotations
 
 import abc
+import math
 
 import torch
 import torch.nn.functional as F
@@ -15,20 +16,45 @@ from ..kernels import dispatch
 from .base import SHAPE, Format, Tensors, check_tensors
 from .codebook import Codebook
 from .codes import Outliers
+from .dense import Dense
 from .integer import Integer
 from .kmeans import KMeans
+from .low_rank import LowRank
 from .outliers import COLUMNS, POINTERS, VALUES, pack_outliers, unpack_outliers
+from .tensor_train import TensorTrain
+
+ROWS_AT_ONCE = 4096
+"""Rows of a tensor train that are made at a time where all are multiplied."""
 
 
-def stored_linear(form: Format, tensors: Tensors, bias: Tensor | None = None) -> StoredLinear:
+def stored_linear(form: Format, tensors: Tensors, bias: Tensor | None = None) -> Table:
     """The layer that multiplies by a weight of this format, which is not dense. Raises KernelError on bad tensors."""
     if isinstance(form, Integer):
         return PackedLinear(form, tensors, bias)
+    if isinstance(form, LowRank):
+        return FactoredLinear(form, tensors, bias)
+    if isinstance(form, TensorTrain):
+        return TrainLinear(form, tensors, bias)
     assert isinstance(form, Codebook | KMeans)
     return TableLinear(form, tensors, bias)
 
 
-class StoredLinear(nn.Module, abc.ABC):
+class Table(nn.Module, abc.ABC):
+    """x [..., in] times the transpose of a weight [out, in] whose rows can be looked up as well."""
+
+    in_features: int
+    out_features: int
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [..., in] to float32 [..., out]."""
+
+    @abc.abstractmethod
+    def rows(self, index: Tensor) -> Tensor:
+        """float32 [count, in]: these rows, int64 [count], of the weight."""
+
+
+class StoredLinear(Table):
     """x [..., in] times the transpose of a weight [out, in] that stays packed, plus its outliers and its bias."""
 
     bias: Tensor | None
@@ -39,8 +65,6 @@ class StoredLinear(nn.Module, abc.ABC):
     """int16 or int32 [n]"""
     outlier_values: Tensor | None
     """bfloat16 [n]"""
-    in_features: int
-    out_features: int
 
     def _hold(self, outliers: Outliers | None, bias: Tensor | None) -> None:
         found = {} if outliers is None else pack_outliers(outliers, (self.out_features, self.in_features))
@@ -49,7 +73,6 @@ class StoredLinear(nn.Module, abc.ABC):
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 [..., in] to float32 [..., out]."""
         flat = x.reshape(-1, self.in_features).contiguous()
         y = self._multiply(flat)
         if self.outlier_pointers is not None:
@@ -60,7 +83,6 @@ class StoredLinear(nn.Module, abc.ABC):
         return y if self.bias is None else y + self.bias
 
     def rows(self, index: Tensor) -> Tensor:
-        """float32 [count, in]: these rows, int64 [count], of the weight."""
         found = self._rows(index)
         if self.outlier_pointers is not None:
             assert self.outlier_columns is not None
@@ -144,28 +166,78 @@ class TableLinear(StoredLinear):
         return dispatch.look_up(self.packed[index], levels, self.scale[index], self.bits, self.in_features)
 
 
-class DenseLinear(nn.Module):
-    """x [..., in] times the transpose of a bfloat16 weight [out, in]."""
+class DenseLinear(Table):
+    """x [..., in] times the transpose of a bfloat16 weight [out, in]; one of another dtype is held in float32."""
 
     weight: Tensor
     bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.contiguous())
+        self.out_features, self.in_features = weight.shape
+        held = weight if weight.dtype is torch.bfloat16 else weight.float()
+        self.register_buffer("weight", held.contiguous())
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 [..., in] to float32 [..., out]."""
+        if self.weight.dtype is torch.float32:
+            return F.linear(x, self.weight, self.bias)
         y = dispatch.linear_dense(x.reshape(-1, x.shape[-1]).contiguous(), self.weight)
         y = y.view(*x.shape[:-1], self.weight.shape[0])
         return y if self.bias is None else y + self.bias
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.weight[index].float()
+
+
+class FactoredLinear(Table):
+    """Multiplies by V [rank, in], then by U [out, rank]."""
+
+    def __init__(self, form: LowRank, tensors: Tensors, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.v = _factor(form.side("v"), form.tensors("v", tensors), None)
+        self.u = _factor(form.side("u"), form.tensors("u", tensors), bias)
+        self.in_features, self.out_features = self.v.in_features, self.u.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.u(self.v(x))
+        return y
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.u.rows(index) @ self.v.rows(torch.arange(self.v.out_features))
+
+
+def _factor(form: Format, tensors: Tensors, bias: Tensor | None) -> Table:
+    return DenseLinear(tensors["weight"], bias) if isinstance(form, Dense) else stored_linear(form, tensors, bias)
+
+
+class TrainLinear(Table):
+    """Multiplies by rows that are made of their cores, a few thousand at a time."""
+
+    bias: Tensor | None
+
+    def __init__(self, form: TensorTrain, tensors: Tensors, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.form = form
+        self.out_features, self.in_features = len(tensors["weight_core_0"]), math.prod(form.modes)
+        check_tensors(form, tensors, (self.out_features, self.in_features))
+        for k in range(len(form.modes)):
+            self.register_buffer(f"core_{k}", tensors[f"weight_core_{k}"].contiguous())
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = torch.arange(self.out_features)
+        y = torch.cat([F.linear(x, self.rows(part)) for part in torch.split(index, ROWS_AT_ONCE)], dim=-1)
+        return y if self.bias is None else y + self.bias
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.form.rows([self.get_buffer(f"core_{k}")[index] for k in range(len(self.form.modes))])
 
 
 class PackedEmbedding(nn.Module):
     """Rows of a packed weight, dequantized as they are looked up; a tied head is the same layer."""
 
-    def __init__(self, table: StoredLinear) -> None:
+    def __init__(self, table: Table) -> None:
         super().__init__()
         self.table = table
 

@@ -2,7 +2,7 @@
 
     {"quant_method": "gossamer", "version": 1,
      "config_groups": {"group_0": {"targets": [module names], "format": {"type": "nf4", "group_size": 64, ...}}}}
-Modules that no group names are dense.
+Modules that no group names are dense. Factors say the format of both: {"type": "low-rank", "rank": 96, "inner": {...}}.
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..errors import CorruptCheckpoint, GossamerError, UnsupportedModel, did_you_mean
 from .base import Format
 from .codebook import KINDS, Codebook
+from .dense import FLOAT_NAMES, Dense
 from .integer import Integer
 from .kmeans import KMeans
+from .low_rank import LowRank
+from .tensor_train import TensorTrain
 
 OWN_METHOD = "gossamer"
 """quant_method of a folder that no other tool reads."""
@@ -56,6 +61,12 @@ def _said(form: Format) -> dict[str, Any]:
         return {"type": "int", **said}
     if isinstance(form, Codebook):
         return {"type": form.kind, "group_size": form.group_size, "double_quant": form.double_quant}
+    if isinstance(form, LowRank):
+        return {"type": "low-rank", "rank": form.rank, "inner": _said(form.inner)}
+    if isinstance(form, TensorTrain):
+        return {"type": "tensor-train", "modes": list(form.modes), "ranks": list(form.ranks), "dtype": form.dtype_name}
+    if isinstance(form, Dense):
+        return {"type": "float", "dtype": form.name}
     assert isinstance(form, KMeans)
     return {"type": "kmeans", "bits": form.bits, "outlier_share": form.outlier_share}
 
@@ -65,6 +76,9 @@ _SHARE = (float, int, type(None))
 _KEYS: dict[str, dict[str, tuple[type, ...]]] = {
     "int": {"bits": (int,), "group_size": _SIZE, "symmetric": (bool,), "outlier_share": _SHARE},
     "kmeans": {"bits": (int,), "outlier_share": (float, int)},
+    "float": {"dtype": (str,)},
+    "low-rank": {"rank": (int,), "inner": (dict,)},
+    "tensor-train": {"modes": (list,), "ranks": (list,), "dtype": (str,)},
     **{kind: {"group_size": _SIZE, "double_quant": (bool,)} for kind in KINDS},
 }
 """Type of a format -> the keys that say which it is, and their types; all must be there, and no others."""
@@ -79,6 +93,10 @@ def _format(where: str, said: dict[str, Any]) -> Format:
     for key in sorted(_KEYS[kind].keys() | values.keys()):
         if key not in values or type(values[key]) not in _KEYS[kind].get(key, ()):
             raise CorruptCheckpoint(f"{where}.format: {key} is {values.get(key, 'missing')!r:.80}")
+    if kind == "low-rank":
+        if values["inner"].get("type") == kind:  # before it is followed down, however deep it goes
+            raise CorruptCheckpoint(f"{where}.format: factors of factors are no format")
+        values["inner"] = _format(f"{where}.format.inner", values["inner"])
     size = values.get("group_size")
     if size is not None and size < 1:
         raise CorruptCheckpoint(f"{where}.format: group_size is {size}")
@@ -89,6 +107,12 @@ def _format(where: str, said: dict[str, Any]) -> Format:
 
 
 def _made(kind: str, values: dict[str, Any]) -> Format:
+    if kind == "low-rank":
+        return LowRank(values["rank"], values["inner"])
+    if kind == "float":
+        return Dense(_dtype(values["dtype"]))
+    if kind == "tensor-train":
+        return TensorTrain(_counts(values["modes"]), _counts(values["ranks"]), _dtype(values["dtype"]))
     if kind == "kmeans":
         return KMeans(values["bits"], values["outlier_share"])
     if kind in KINDS:
@@ -101,3 +125,16 @@ def _made(kind: str, values: dict[str, Any]) -> Format:
         outliers=share is not None,
         outlier_share=share or 0.0,
     )
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = next((dtype for dtype, known in FLOAT_NAMES.items() if known == name), None)
+    if found is None:
+        raise CorruptCheckpoint(f"dtype is {name!r:.80}, not {', '.join(FLOAT_NAMES.values())}")
+    return found
+
+
+def _counts(values: list[Any]) -> tuple[int, ...]:
+    if not all(type(value) is int for value in values):
+        raise CorruptCheckpoint(f"{values!r:.80} is not a list of numbers")
+    return tuple(values)
