@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gossamer.model.families import config_from_hf, tensor_names
+from gossamer.model import config_from_hf, tensor_names
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -20,7 +20,8 @@ from ..errors import CorruptCheckpoint, ModelNotFound, ShapeMismatch, Unsupporte
 from ..formats import Codebook, Dense, Format, Integer, Kind, KMeans, Layout, LowRank, layout_from_quantization_config
 from ..formats import outliers as outlier_tensors
 from ..formats.low_rank import SIDES, local_name
-from ..model.families import FAMILIES
+from ..model.families import FAMILIES, OWN_PREFIX
+from ..model.pieces import Piece, pieces
 from . import pickle_io
 from .base import Checkpoint, check_tensors, expected_shapes, parse_config, row_blocks
 from .files import has, inside, read_json
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
 MAX_INDEX = 100 << 20
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _FLOATS = tuple(DTYPES.values())
-_HARMLESS = re.compile(r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_HARMLESS = re.compile(
+    r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
+    r"|(^|\.)(h|layers)\.\d+\.(attn|attention)\.(bias|masked_bias)$"  # a mask that older files carry
+)
 
 
 class HFCheckpoint(Checkpoint):
@@ -56,14 +60,23 @@ class HFCheckpoint(Checkpoint):
             self._configure({**self.hf_config, "tie_word_embeddings": False})
         self.source_note = self._note(manifest)
 
+    _pieces: dict[str, Piece]
+    """Names of tensors that files hold as a part of others, or transposed."""
+
     def _configure(self, hf_config: dict[str, Any]) -> None:
         """Take this config, and find every tensor that it asks for."""
         self.hf_config = hf_config
         self.config = parse_config(hf_config, len(self._sources), self.path / "config.json")
         self._shapes = expected_shapes(self.config)
+        self._pieces = {}
         self._stored_names: dict[str, dict[str, str]] = {}
         self._formats: dict[str, Format] = {}
         self._resolve(self._layout())
+
+    @property
+    def _is_own(self) -> bool:
+        """True for a folder that says by its model_type that its linear layers are single ones."""
+        return str(self.hf_config.get("model_type")).startswith(OWN_PREFIX)
 
     def _has_another_head(self) -> bool:
         """True if the file holds a head that is not the embedding, though the config ties them."""
@@ -84,11 +97,16 @@ class HFCheckpoint(Checkpoint):
         return self._formats[name]
 
     def stored(self, name: str) -> dict[str, torch.Tensor]:
-        self.shape(name)
+        shape = self.shape(name)
+        if name in self._pieces:
+            return {"weight": self._read(name, 0, shape[0])}
         return {local: self._sources[full].read(full) for local, full in self._stored_names[name].items()}
 
     def stored_sources(self, name: str) -> list[tuple[str, TensorSource, TensorInfo]]:
-        """Name in the files (such as `lm_head.weight_packed`), file and place of every tensor that stores this one."""
+        """Name in the files (such as `lm_head.weight_packed`), file and place of every tensor that stores this one.
+
+        Several names of a family that holds layers in one tensor have the same.
+        """
         self.shape(name)
         found = [(full, self._sources[full]) for full in self._stored_names[name].values()]
         return [(full, source, source.info(full)) for full, source in found]
@@ -100,6 +118,8 @@ class HFCheckpoint(Checkpoint):
 
     def _read(self, name: str, start: int, stop: int) -> torch.Tensor:
         form, stored = self._formats[name], self._stored_names[name]
+        if name in self._pieces:
+            return self._read_piece(self._pieces[name], stored["weight"], start, stop)
         if isinstance(form, Dense):
             full = stored["weight"]
             return self._sources[full].read(full, slice(start, stop))
@@ -109,11 +129,20 @@ class HFCheckpoint(Checkpoint):
 
         return form.read(self._shapes[name], start, stop, read)
 
+    def _read_piece(self, piece: Piece, full: str, start: int, stop: int) -> torch.Tensor:
+        """These rows of a part of a stored tensor."""
+        rows = piece.places(start, stop)
+        if piece.transposed:
+            return self._sources[full].read(full)[:, rows].T.contiguous()
+        first = int(rows.min()) if len(rows) else 0
+        last = int(rows.max()) + 1 if len(rows) else 0
+        return self._sources[full].read(full, slice(first, last))[rows - first]
+
     def _files(self) -> list[Path]:
         return [self.path / "config.json", *{source.path for source in self._sources.values()}]
 
     def _contents(self) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
-        for name in sorted(full for stored in self._stored_names.values() for full in stored.values()):
+        for name in sorted({full for stored in self._stored_names.values() for full in stored.values()}):
             source = self._sources[name]
             info = source.info(name)
             yield f"{name} {info.dtype} {list(info.shape)}", read_blocks(source, name)
@@ -137,16 +166,20 @@ class HFCheckpoint(Checkpoint):
     def _resolve(self, layout: Layout) -> None:
         """Find the files' tensors that store each of the model's; refuse what is missing, mis-shaped or left over."""
         found: dict[str, tuple[int, ...]] = {}
+        whole = pieces(self.config)
         for name, shape in self._shapes.items():
             form = self._chosen(layout, name, shape)
-            locals_ = self._locals(form, name, shape)
+            locals_ = self._locals(form, name, shape, whole.get(name))
             if locals_ is None:
                 continue
             self._formats[name], self._stored_names[name] = form, locals_
             found[name] = self._check_packed(form, name, shape)
             if isinstance(form, Dense):
-                info = self._sources[name].info(name)
-                self._formats[name], found[name] = Dense(self._dense_dtype(name, info.dtype)), info.shape
+                full = locals_["weight"]
+                info = self._sources[full].info(full)
+                self._formats[name], found[name] = Dense(self._dense_dtype(full, info.dtype)), info.shape
+                if name in self._pieces:
+                    found[name] = self._piece_shape(name, full, info)
         check_tensors(self._shapes, found, self.path)
         used = {full for stored in self._stored_names.values() for full in stored.values()}
         for name, source in self._sources.items():
@@ -158,7 +191,8 @@ class HFCheckpoint(Checkpoint):
         if len(shape) != 2 or not name.endswith(".weight"):
             return Dense(self.dtype)
         module = name.removesuffix(".weight")
-        kind: Kind = "embedding" if module.endswith("embed_tokens") else "linear"
+        ends = FAMILIES[self.config.family].ends
+        kind: Kind = "embedding" if module in (ends["embed"], ends.get("positions")) else "linear"
         try:
             form = layout(module, kind)
         except (re.error, TypeError, ValueError, RecursionError) as error:
@@ -176,10 +210,36 @@ class HFCheckpoint(Checkpoint):
             form = replace(form, kept=math.prod(self._sources[outliers].info(outliers).shape))
         return form
 
-    def _locals(self, form: Format, name: str, shape: tuple[int, ...]) -> dict[str, str] | None:
+    def _piece_shape(self, name: str, full: str, info: TensorInfo) -> tuple[int, ...]:
+        """The shape of a tensor that is a part of a stored one, whose own shape is checked."""
+        wanted = self._pieces[name].stored_shape
+        if info.shape != wanted:
+            raise CorruptCheckpoint(
+                f"{self.path}: tensor {full!r} has shape {list(info.shape)}, the config expects {list(wanted)}"
+            )
+        return self._shapes[name]
+
+    def _in_file(self, name: str) -> str | None:
+        """The files' name of a tensor: some leave the family's prefix away."""
+        short = name.removeprefix(FAMILIES[self.config.family].prefix)
+        return next((full for full in (name, short) if full in self._sources), None)
+
+    def _dense_name(self, name: str, piece: Piece | None) -> str | None:
+        """The files' name of the tensor that holds this one, alone or among others. Notes which is a piece."""
+        own = self._in_file(name)
+        if piece is None or (own is not None and self._is_own):
+            return own
+        full = self._in_file(piece.name)
+        if full is None:
+            return own
+        self._pieces[name] = piece
+        return full
+
+    def _locals(self, form: Format, name: str, shape: tuple[int, ...], piece: Piece | None) -> dict[str, str] | None:
         """Local name -> file's name, or None if a tensor is missing."""
         if isinstance(form, Dense):
-            return {"weight": name} if name in self._sources else None
+            full = self._dense_name(name, piece)
+            return None if full is None else {"weight": full}
         try:
             expected = form.stored(shape)
         except ShapeMismatch as error:
@@ -256,12 +316,18 @@ DERIVED = "made from a baseline "
 
 
 def normalized(config: dict[str, Any], where: Path) -> dict[str, Any]:
-    """A config.json without code to run, and with its positions said in both ways: `rope_theta`, `rope_parameters`."""
+    """A config.json without code to run, and with its positions said in both ways: `rope_theta`, `rope_parameters`.
+
+    Positions that differ between layers are left as they are said.
+    """
     result = {key: value for key, value in config.items() if key not in {"auto_map", "custom_pipelines"}}
     for key in ("rope_parameters", "rope_scaling"):
         if not isinstance(result.get(key), dict | None):
             raise CorruptCheckpoint(f"{where}: {key} is not an object")
     parameters = dict(result.get("rope_parameters") or result.get("rope_scaling") or {})
+    family = str(result.get("model_type")).removeprefix(OWN_PREFIX)
+    if family in FAMILIES and FAMILIES[family].local_theta is not None:
+        return result
     theta = parameters.get("rope_theta", result.get("rope_theta"))
     if theta is None:
         return result

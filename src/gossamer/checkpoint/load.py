@@ -16,11 +16,13 @@ from ..formats import Codebook, Dense, Format, Integer, KMeans, LowRank, TensorT
 from ..formats.linear import DenseEmbedding, DenseLinear, PackedEmbedding, stored_linear
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
-from ..model.families import FAMILIES, LINEARS, NORMS
+from ..model.families import FAMILIES, NORMS
 from .base import Checkpoint
 from .memory import require_memory
 
 Progress = Callable[[str, int, int], None]
+_FLOAT_ROLES = (*NORMS, "positions", "embed_norm", "final_norm")
+"""Whose tensors are float32 in every model."""
 
 
 def load_decoder(
@@ -55,9 +57,10 @@ def load_decoder(
 def resident_bytes(checkpoint: Checkpoint, dtype: torch.dtype, packed: bool) -> int:
     """Bytes that the weights take once loaded."""
     total = 0
+    table = f"{FAMILIES[checkpoint.config.family].ends.get('positions')}.weight"
     for name in checkpoint.names():
         shape = checkpoint.shape(name)
-        if packed and len(shape) == 2 and _stays_packed(checkpoint, name):
+        if packed and len(shape) == 2 and name != table and _stays_packed(checkpoint, name):
             form = checkpoint.format(name)
             total += (_held(form) if is_packed(form) else Dense(torch.bfloat16)).nbytes(shape)
         else:
@@ -76,16 +79,23 @@ class _Place:
     bias: bool = False
 
     def parent(self, decoder: Decoder) -> nn.Module:
-        return decoder if self.block is None else decoder.blocks[self.block]
+        if self.block is not None:
+            return decoder.blocks[self.block]
+        return decoder.entrance if self.role in ("positions", "embed_norm") else decoder
 
 
 def _places(config: ModelConfig) -> Iterator[_Place]:
-    family = FAMILIES[config.family]
+    family, shifts = FAMILIES[config.family], config.norm == "layer"
     yield _Place("embed", None, family.module("embed"))
+    if config.positions == "learned":
+        yield _Place("positions", None, family.module("positions"))
     for i, layer in enumerate(config.layers):
-        for role in (*LINEARS, *NORMS):
-            yield _Place(role, i, family.module(role, i), role in LINEARS and layer.has_bias(role))
-    yield _Place("final_norm", None, family.module("final_norm"))
+        for role in layer.linear_shapes(config.hidden_size):
+            yield _Place(role, i, family.module(role, i), layer.has_bias(role))
+        for role in layer.norm_sizes(config.hidden_size):
+            yield _Place(role, i, family.module(role, i), shifts)
+    for role in config.model_norms():
+        yield _Place(role, None, family.module(role), shifts)
     if not config.tie_embeddings:
         yield _Place("head", None, family.module("head"))
 
@@ -95,7 +105,7 @@ def _fill(decoder: Decoder, place: _Place, checkpoint: Checkpoint, dtype: torch.
     name = f"{place.name}.weight"
     bias = checkpoint.tensor(f"{place.name}.bias", dtype=dtype) if place.bias else None
     parent = place.parent(decoder)
-    if packed and place.role not in (*NORMS, "final_norm") and _stays_packed(checkpoint, name):
+    if packed and place.role not in _FLOAT_ROLES and _stays_packed(checkpoint, name):
         setattr(parent, place.role, _stored_module(checkpoint, name, bias, place.role == "embed"))
         return
     module = getattr(parent, place.role)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -17,6 +17,8 @@ import torch
 
 from .. import __version__
 from ..errors import OutputExists
+from ..model import ModelConfig
+from ..model.pieces import Piece, join, pieces
 from .atomic import Lock, atomic_folder, write_file
 from .base import Checkpoint, row_blocks
 from .files import has, inside, read_json
@@ -42,7 +44,9 @@ def save_folder(
     with Lock(out), atomic_folder(out) as folder:
         write_config(folder, checkpoint.hf_config)
         write_companions(folder, checkpoint)
-        tensors = [e for name in checkpoint.names() for e in entries(checkpoint, name)]
+        tensors = list({e.name: e for name in checkpoint.names() for e in entries(checkpoint, name)}.values())
+        if not isinstance(checkpoint, HFCheckpoint):
+            tensors = fused(checkpoint.config, tensors)
         write_weights(folder, tensors if progress is None else told(tensors, progress), shard_bytes)
         write_manifest(folder, _manifest(checkpoint, hash_files(folder)))
     return out
@@ -67,6 +71,26 @@ def entries(checkpoint: Checkpoint, name: str) -> list[Entry]:
             for full, source, info in checkpoint.stored_sources(name)
         ]
     return [Entry(name, checkpoint.dtype, checkpoint.shape(name), lambda: dense_blocks(checkpoint, name))]
+
+
+def fused(config: ModelConfig, tensors: Sequence[Entry]) -> list[Entry]:
+    """The same float tensors as the family's files hold them: those that are one there are joined when written."""
+    places, found = pieces(config), dict[str, list[Entry]]()
+    for entry in tensors:
+        found.setdefault(places[entry.name].name if entry.name in places else entry.name, []).append(entry)
+    whole = []
+    for name, parts in found.items():
+        piece = places.get(parts[0].name)
+        if piece is None:
+            whole += parts
+        else:
+            joined = partial(_joined, parts, places)
+            whole.append(Entry(name, parts[0].dtype, piece.stored_shape, joined))
+    return whole
+
+
+def _joined(parts: Sequence[Entry], places: Mapping[str, Piece]) -> Iterator[torch.Tensor]:
+    yield join({part.name: torch.cat(list(part.chunks())) for part in parts}, places)
 
 
 def dense_blocks(checkpoint: Checkpoint, name: str) -> Iterator[torch.Tensor]:

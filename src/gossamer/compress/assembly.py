@@ -21,9 +21,10 @@ from ..checkpoint.atomic import atomic_folder, write_file
 from ..checkpoint.manifest import Calibration as CalibrationRecord
 from ..checkpoint.manifest import Manifest, base_of, hash_files, write_manifest
 from ..checkpoint.safetensors_io import Entry, SafetensorsFile, whole, write_safetensors
-from ..checkpoint.save import dense_blocks, entries, told, write_companions, write_config, write_weights
+from ..checkpoint.save import dense_blocks, entries, fused, told, write_companions, write_config, write_weights
 from ..formats import Dense, only_ours, quantization_config
 from ..model import OWN_PREFIX, tensor_names
+from ..model.pieces import pieces
 from .calibration import Calibration
 from .recipe import Recipe
 from .tuning import FILE_PREFIX
@@ -50,7 +51,8 @@ def assemble(
     with atomic_folder(out, replaced=replaced) as folder:
         write_config(folder, _hf_config(units))
         write_companions(folder, base)
-        write_weights(folder, told(list(_entries(units)), progress))
+        tensors = list(_entries(units))
+        write_weights(folder, told(tensors if _packs(units) else fused(units.source.config, tensors), progress))
         for name, content in _files(units):
             write_file(folder / name, content)
         if calibration is not None:
@@ -80,7 +82,8 @@ def _hf_config(units: Units) -> dict[str, Any]:
     config = dict(source.checkpoint.hf_config)
     config["quantization_config"] = quantization_config(plan.formats, plan.kinds, family.head)
     # Others would read noise, or stop amid loading: a name they refuse is safer.
-    if only_ours(plan.formats, plan.kinds) or config.get("gossamer_layers"):
+    unlike = only_ours(plan.formats, plan.kinds) or (_packs(units) and pieces(source.config))
+    if unlike or config.get("gossamer_layers"):
         config["model_type"] = OWN_PREFIX + source.config.family
         config["architectures"] = [f"Gossamer{family.architecture}"]
     else:  # the base may have been such a folder
@@ -107,6 +110,11 @@ def _entries(units: Units) -> Iterator[Entry]:
             yield Entry(name, info.dtype, info.shape, _chunks(files[name], name))
         else:
             yield Entry(name, checkpoint.dtype, shape, partial(dense_blocks, checkpoint, name))
+
+
+def _packs(units: Units) -> bool:
+    """False if all weights are dense."""
+    return any(not isinstance(form, Dense) for form in units.plan.formats.values())
 
 
 def _files(units: Units) -> Iterator[tuple[str, bytes]]:

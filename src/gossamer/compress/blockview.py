@@ -17,7 +17,7 @@ from ..model.decoder import Block, Rotation
 from .walk import hessian, slices
 
 POINTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-"""Linear layers that read the same input."""
+"""Linear layers that read the same input; a block may have no gate."""
 
 
 class BlockView:
@@ -62,6 +62,11 @@ class BlockView:
     def roles(self) -> tuple[str, ...]:
         """Its linear layers, in the order in which they are computed."""
         return tuple(self._forms)
+
+    @property
+    def points(self) -> tuple[tuple[str, ...], ...]:
+        """Those of POINTS that this block has."""
+        return tuple(tuple(role for role in roles if role in self._forms) for roles in POINTS)
 
     def form(self, role: str) -> Format:
         """How this linear layer will be stored."""
@@ -122,7 +127,7 @@ class BlockView:
         mixed = block.mix(normed, self.rotation)
         if role == "o":
             return mixed
-        normed = block.ffn_norm(x + block.linear("o", mixed))
+        normed = block.ffn_input(x, block.attended(mixed))
         return normed if role in ("gate", "up") else block.gated(normed)
 
     def hessian(self, *roles: str) -> Tensor:

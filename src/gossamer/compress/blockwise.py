@@ -19,7 +19,7 @@ from torch.func import functional_call
 from ..errors import CompressionError
 from ..formats import Codes, Format, Integer
 from ..model import ModelConfig
-from .blockview import POINTS, BlockView
+from .blockview import BlockView
 from .method import BlockQuantizer, QuantizeOptions
 from .quantize.gptq import GPTQ, GPTQOptions
 from .quantize.grid import grid_of, quantize
@@ -84,7 +84,7 @@ def starts_of(view: BlockView, options: RoundedOptions) -> dict[str, Start]:
     Decides the layers as well (`view.put`), so that later ones are rounded on the inputs that they will see.
     """
     found: dict[str, Start] = {}
-    for roles in POINTS:
+    for roles in view.points:
         moment = view.hessian(*roles) if options.start == "gptq" else None
         for role in roles:
             form = integer_form(view.form(role), view.name(role))

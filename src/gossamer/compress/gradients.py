@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoint.safetensors_io import SafetensorsFile, whole, write_safetensors
 from ..errors import NumericalError
-from ..model.decoder import RMSNorm
+from ..model.decoder import softcap
 from .units import Units
 from .walk import POSITIONS_AT_ONCE, advance
 
@@ -86,9 +86,7 @@ def _inputs(units: Units, i: int) -> Path:
 def _of_loss(units: Units, x: Tensor, tokens: Tensor) -> Tensor:
     """Gradient [sequences, time, hidden] of each sequence's mean cross-entropy by the last block's outputs x."""
     source = units.source
-    norm = RMSNorm(source.config.hidden_size, source.config.norm_eps)
-    norm.weight.copy_(source.dense(f"{source.family.final_norm}.weight"))
-    head = source.head()
+    norm, head = source.norm("final_norm"), source.head()
     slope = torch.zeros_like(x)
     time = tokens.shape[1] - 1
     for s in range(len(x)):
@@ -96,7 +94,8 @@ def _of_loss(units: Units, x: Tensor, tokens: Tensor) -> Tensor:
             part = slice(start, min(start + POSITIONS_AT_ONCE, time))
             leaf = x[s, part].clone().requires_grad_()
             wanted = tokens[s, part.start + 1 : part.stop + 1]
-            loss: Any = F.cross_entropy(F.linear(norm(leaf), head), wanted, reduction="sum") / time
+            logits = softcap(F.linear(norm(leaf), head), source.config.final_softcap)
+            loss: Any = F.cross_entropy(logits, wanted, reduction="sum") / time
             loss.backward()
             assert leaf.grad is not None
             slope[s, part] = leaf.grad

@@ -271,7 +271,7 @@ def measure(
 def stream_of(decoder: Decoder, tokens: Tensor) -> tuple[list[Tensor], Rotation]:
     """The inputs of every block and the outputs of the last [sequences, time, hidden]; their rotary factors."""
     rotation = decoder.rotation(torch.arange(tokens.shape[1]).expand(tokens.shape))
-    stream = [decoder.embed(tokens)]
+    stream = [decoder.entrance(decoder.embed(tokens), rotation.positions)]
     for block in decoder.blocks:
         stream.append(block(stream[-1], rotation))
     return stream, rotation
@@ -371,5 +371,5 @@ def _inputs(block: Block, role: str, x: Tensor, rotation: Rotation) -> Tensor:
     mixed = block.mix(normed, rotation)
     if role in POINTS[1]:
         return mixed
-    normed = block.ffn_norm(x + block.linear("o", mixed))
+    normed = block.ffn_input(x, block.attended(mixed))
     return normed if role in POINTS[2] else block.gated(normed)

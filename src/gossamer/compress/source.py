@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint
 from ..model import FAMILIES
-from ..model.decoder import Block, Rotation
-from ..model.families import NORMS
+from ..model.decoder import Block, Entrance, Rotation, make_norm, rotation_of
+from ..model.families import norm_parts
 
 EMBED_AT_ONCE = 4 << 20
 """Weights of the embedding that are looked at in one piece."""
@@ -45,21 +45,44 @@ class Source:
             linear.weight = nn.Parameter(weight(module, role), requires_grad=False)
             if self.config.layers[i].has_bias(role):
                 linear.bias = nn.Parameter(dense(f"{module}.bias"), requires_grad=False)
-        for role in NORMS:
-            norm = dense(f"{self.family.module(role, i)}.weight")
-            getattr(block, role).weight = nn.Parameter(norm, requires_grad=False)
+        for role in self.config.layers[i].norm_sizes(self.config.hidden_size):
+            self._fill_norm(getattr(block, role), self.family.module(role, i), dense)
         return block.eval()
+
+    def _fill_norm(self, norm: nn.Module, module: str, dense: Callable[[str], Tensor]) -> None:
+        for part in norm_parts(self.config):
+            setattr(norm, part, nn.Parameter(dense(f"{module}.{part}"), requires_grad=False))
+
+    def norm(self, role: str, dense: Callable[[str], Tensor] | None = None) -> nn.Module:
+        """A norm outside of the blocks."""
+        norm = make_norm(self.config, self.config.hidden_size)
+        self._fill_norm(norm, self.family.module(role), dense or self.dense)
+        return norm
+
+    def entrance(self) -> Entrance:
+        """What embedded tokens go through before the first block."""
+        entrance = Entrance(self.config)
+        if entrance.positions is not None:
+            table = self.dense(f"{self.family.module('positions')}.weight")
+            entrance.positions.weight = nn.Parameter(table, requires_grad=False)
+        if entrance.embed_norm is not None:
+            entrance.embed_norm = self.norm("embed_norm")
+        return entrance
 
     def dense_names(self, i: int) -> dict[str, tuple[str, str]]:
         """Tensors of block i that stay in float: name -> (role, `weight` or `bias`)."""
-        names = {f"{self.family.module(role, i)}.weight": (role, "weight") for role in NORMS}
+        names = {
+            f"{self.family.module(role, i)}.{part}": (role, part)
+            for role in self.config.layers[i].norm_sizes(self.config.hidden_size)
+            for part in norm_parts(self.config)
+        }
         for role in self.config.layers[i].linear_shapes(self.config.hidden_size):
             if self.config.layers[i].has_bias(role):
                 names[f"{self.family.module(role, i)}.bias"] = (role, "bias")
         return names
 
     def embed(self, tokens: Tensor, rows: Callable[[slice], Tensor] | None = None) -> Tensor:
-        """Embedded tokens [sequences, time, hidden]; `rows` gives rows of the embedding, here those of the source."""
+        """What the first block reads for tokens [sequences, time]; `rows` of the embedding are the source's here."""
         name = f"{self.family.embed}.weight"
         rows = rows or (lambda part: self.dense(name, part))
         x = torch.empty(*tokens.shape, self.config.hidden_size)
@@ -69,6 +92,9 @@ class Source:
             here = (tokens >= start) & (tokens < stop)
             if here.any():
                 x[here] = rows(slice(start, stop))[tokens[here] - start]
+        entrance, positions = self.entrance(), torch.arange(tokens.shape[1])
+        for sequence in x:
+            sequence.copy_(entrance(sequence, positions))
         return x
 
     def head(self) -> Tensor:
@@ -77,5 +103,5 @@ class Source:
         return self.dense(f"{module}.weight")
 
     def rotation(self, time: int) -> Rotation:
-        """Rotary factors of the first `time` positions, for any batch."""
-        return Rotation(torch.arange(time).unsqueeze(0), self.config.rope, self.config.layers[0].head_dim)
+        """The first `time` positions, for any batch."""
+        return rotation_of(self.config, torch.arange(time).unsqueeze(0))

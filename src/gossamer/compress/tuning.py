@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from ..errors import CompressionError, NumericalError
 from ..formats import Dense, Format
-from ..model.decoder import Block, RMSNorm, Rotation
+from ..model.decoder import Block, Rotation, softcap
+from ..model.families import LINEARS
 from .tunedlinear import TunedLinear
 from .walk import advance
 
@@ -60,8 +61,8 @@ class TunedModel(nn.Module):
         files = units.where()
         self.embed = self._end(files, self._source.family.embed)
         self.blocks = nn.ModuleList(self._block(files, i) for i in range(self.config.num_layers))
-        self.final_norm = RMSNorm(self.config.hidden_size, self.config.norm_eps)
-        self.final_norm.weight.copy_(self._dense(files, f"{self._source.family.final_norm}.weight"))
+        self.entrance = self._source.entrance()
+        self.final_norm = self._source.norm("final_norm", lambda name: self._dense(files, name))
         tied = self.config.tie_embeddings
         self.head = self.embed if tied else self._end(files, self._source.family.head)
 
@@ -71,8 +72,8 @@ class TunedModel(nn.Module):
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Hidden states [sequences, time, hidden] before the final norm."""
-        x = self.embed.look_up(tokens)
         rotation = self._source.rotation(tokens.shape[1])
+        x = cast(Tensor, self.entrance(self.embed.look_up(tokens), rotation.positions))
         for block in self.blocks:
             again = self.recompute and torch.is_grad_enabled()
             x = recompute(block, x, rotation, use_reentrant=False) if again else block(x, rotation)
@@ -80,7 +81,7 @@ class TunedModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [.., vocabulary] of hidden states [.., hidden]: final norm and head."""
-        return F.linear(self.final_norm(hidden), self.head.weight())
+        return softcap(F.linear(self.final_norm(hidden), self.head.weight()), self.config.final_softcap)
 
     def teacher_logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits [sequences, time, vocabulary] of the original model, without a gradient; or at these positions only.
@@ -133,7 +134,7 @@ class TunedModel(nn.Module):
             assert layer.latent is not None
             layer.latent.requires_grad_()
         for name, parameter in self.named_parameters():
-            if norms and name.endswith("norm.weight"):
+            if norms and name.endswith("norm.weight") and not name.startswith("entrance."):
                 parameter.requires_grad_()
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
@@ -187,9 +188,10 @@ class TunedModel(nn.Module):
             for local, tensor in layer.form.pack(layer.codes()).items():
                 yield f"{name}.{local}", tensor
         for name, norm in self._norms():
-            if not torch.isfinite(norm.weight).all():
+            weight = cast(Tensor, norm.weight).detach()
+            if not torch.isfinite(weight).all():
                 raise NumericalError(f"{name} is not finite after training", hint="take a lower learning rate")
-            yield f"{name}.weight", norm.weight.detach().to(self._source.checkpoint.dtype)
+            yield f"{name}.weight", weight.to(self._source.checkpoint.dtype)
 
     def _packed(self) -> Iterator[tuple[str, TunedLinear]]:
         family = self._source.family
@@ -199,11 +201,11 @@ class TunedModel(nn.Module):
         if not self.config.tie_embeddings and self.head.form is not None:
             yield family.head, self.head
 
-    def _norms(self) -> Iterator[tuple[str, RMSNorm]]:
+    def _norms(self) -> Iterator[tuple[str, nn.Module]]:
         family = self._source.family
         for i, block in enumerate(self.blocks):
-            yield family.module("attn_norm", i), cast(RMSNorm, block.attn_norm)
-            yield family.module("ffn_norm", i), cast(RMSNorm, block.ffn_norm)
+            for role in self.config.layers[i].norm_sizes(self.config.hidden_size):
+                yield family.module(role, i), getattr(block, role)
         yield family.final_norm, self.final_norm
 
     def _end(self, files: Mapping[str, SafetensorsFile], module: str) -> TunedLinear:
@@ -225,9 +227,10 @@ class TunedModel(nn.Module):
             module = self._source.family.module(role, i)
             bias = self._dense(files, f"{module}.bias") if self.config.layers[i].has_bias(role) else None
             setattr(block, role, self._linear(files, module, self._units.form(module), bias))
-        for role in ("attn_norm", "ffn_norm"):
-            weight = self._dense(files, f"{self._source.family.module(role, i)}.weight")
-            getattr(block, role).weight = nn.Parameter(weight, requires_grad=False)
+        for name, (role, part) in self._source.dense_names(i).items():
+            if role not in LINEARS:
+                value = nn.Parameter(self._dense(files, name), requires_grad=False)
+                setattr(getattr(block, role), part, value)
         return block.eval()
 
     def _dense(self, files: Mapping[str, SafetensorsFile], name: str) -> Tensor:
@@ -235,7 +238,8 @@ class TunedModel(nn.Module):
 
     def _original(self, module: str) -> Tensor:
         """The float weight of a layer. Raises CompressionError if a method has folded scales through the model."""
-        folded = [name for name in self._units.where() if name.endswith("norm.weight")]
+        norms = {name for i in range(self.config.num_layers) for name in self._source.dense_names(i)}
+        folded = [name for name in self._units.where() if name in norms and name.endswith(".weight")]
         if folded:
             raise CompressionError(
                 f"the original weights do not fit this model: {folded[0]} was changed when it was quantized",
@@ -250,7 +254,7 @@ class _Teacher:
     def __init__(self, source: Source, tokens: Tensor) -> None:
         self._source, self._tokens = source, tokens
         self._known: dict[bytes, Tensor] = {}
-        self._ends: tuple[RMSNorm, Tensor] | None = None
+        self._ends: tuple[nn.Module, Tensor] | None = None
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
@@ -260,14 +264,12 @@ class _Teacher:
         fresh = dict(zip(map(_key, new), self._hidden(torch.stack(new)), strict=True)) if new else {}
         hidden = torch.stack([self._known.get(_key(row), fresh.get(_key(row))) for row in tokens])  # type: ignore[misc]
         norm, head = self._norm_and_head()
-        return F.linear(norm(hidden if positions is None else hidden[:, positions]), head)
+        logits = F.linear(norm(hidden if positions is None else hidden[:, positions]), head)
+        return softcap(logits, self._source.config.final_softcap)
 
-    def _norm_and_head(self) -> tuple[RMSNorm, Tensor]:
+    def _norm_and_head(self) -> tuple[nn.Module, Tensor]:
         if self._ends is None:
-            config, family = self._source.config, self._source.family
-            norm = RMSNorm(config.hidden_size, config.norm_eps)
-            norm.weight.copy_(self._source.dense(f"{family.final_norm}.weight"))
-            self._ends = norm, self._source.head()
+            self._ends = self._source.norm("final_norm"), self._source.head()
         return self._ends
 
     def _hidden(self, tokens: Tensor) -> Tensor:

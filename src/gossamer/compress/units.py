@@ -65,7 +65,9 @@ class Units:
     def locals(self, files: Mapping[str, SafetensorsFile], module: str) -> list[str]:
         """Local names of a packed module's stored tensors."""
         prefix = f"{module}."
-        return sorted(name.removeprefix(prefix) for name in files if name.startswith(prefix + "weight"))
+        return sorted(
+            name.removeprefix(prefix) for name in files if name.startswith(prefix) and name != f"{prefix}bias"
+        )
 
     def where(self, *units: str) -> dict[str, SafetensorsFile]:
         """Tensor name -> the file of the last of these units that holds it; here of all that are done."""
@@ -90,7 +92,7 @@ class Units:
         return self.source.block(i, weight, dense)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Embedded tokens [sequences, time, hidden], as the output will embed them before any tuning."""
+        """What the first block reads [sequences, time, hidden], as the output will embed tokens before any tuning."""
         module = self.source.family.embed
         form = self.form(module)
         rows: Callable[[slice], Tensor] | None = None

@@ -1,8 +1,10 @@
 """One block of a decoder, walked so that every linear layer is compressed on the inputs that it will really see.
 
-The block has four points at which linear layers read the same input: (q, k, v), (o), (gate, up) and (down). At each
-one the inputs come from layers that are compressed already, so one forward pass serves both to gather statistics and to
-carry the activations on. Knows blocks and activations; knows no file, recipe or method.
+The block has four points at which linear layers read the same input: (q, k, v), (o), (gate, up) and (down); without a
+gate, the third is (up). At each one the inputs come from layers that are compressed already, so one forward pass serves
+both to gather statistics and to carry the activations on.
+
+Knows blocks and activations; knows no file, recipe or method.
 """
 
 from __future__ import annotations
@@ -34,15 +36,18 @@ def walk(block: Block, x: Tensor, rotation: Rotation, compress: Compress) -> Non
     compress(("q", "k", "v"), hessian(block.attn_norm(x[c]) for c in chunks))
     mixed = _fill(x, block.layer.q_size, chunks, lambda c: block.mix(block.attn_norm(x[c]), rotation))
     compress(("o",), hessian(mixed[c] for c in chunks))
+    before = x.clone() if block.parallel else x
     for c in chunks:
-        x[c] += block.linear("o", mixed[c])
+        x[c] += block.attended(mixed[c])
     del mixed
-    compress(("gate", "up"), hessian(block.ffn_norm(x[c]) for c in chunks))
-    gated = _fill(x, block.layer.ffn_width, chunks, lambda c: block.gated(block.ffn_norm(x[c])))
-    del block.q, block.k, block.v, block.o, block.gate, block.up  # they have served; `down` needs the memory
+    first = ("gate", "up") if block.layer.gated else ("up",)
+    compress(first, hessian(block.ffn_norm(before[c]) for c in chunks))
+    gated = _fill(x, block.layer.ffn_width, chunks, lambda c: block.gated(block.ffn_norm(before[c])))
+    for role in ("q", "k", "v", "o", *first):  # they have served; `down` needs the memory
+        delattr(block, role)
     compress(("down",), hessian(gated[c] for c in chunks))
     for c in chunks:
-        x[c] += block.linear("down", gated[c])
+        x[c] += block.fed(gated[c])
 
 
 def advance(block: Block, x: Tensor, rotation: Rotation, see: Callable[[str, Tensor], None] | None = None) -> None:
@@ -52,9 +57,12 @@ def advance(block: Block, x: Tensor, rotation: Rotation, see: Callable[[str, Ten
     """
     for c in slices(x):
         mixed = block.mix(block.attn_norm(x[c]), rotation)
-        x[c] += block.linear("o", mixed)
+        attended = block.attended(mixed)
+        if not block.parallel:
+            x[c] += attended
         gated = block.gated(block.ffn_norm(x[c]))
-        x[c] += block.linear("down", gated)
+        fed = block.fed(gated)
+        x[c] += attended.add_(fed) if block.parallel else fed
         if see is not None:
             see("o", mixed)
             see("down", gated)

@@ -21,7 +21,7 @@ from ..checkpoint.load import resident_bytes
 from ..checkpoint.memory import require_memory
 from ..errors import EngineError, KernelError, UnknownName
 from ..kernels import cpu as kernels
-from ..model.config import LayerConfig
+from ..model.config import LayerConfig, ModelConfig
 from ..model.decoder import inverse_frequencies
 from ..model.families import FAMILIES, Family
 from .backend import BLOCK_SIZE, KV_DTYPES, Activations, Backend, Batch, Progress, kv_head_bytes
@@ -37,12 +37,37 @@ def supports(checkpoint: Checkpoint) -> str | None:
         kernels.extension()
     except KernelError as error:
         return error.message
-    layers = checkpoint.config.layers
+    config, layers = checkpoint.config, checkpoint.config.layers
+    missing = _missing(config)
+    if missing:
+        return f"it has {missing}"
     if len({layer.head_dim for layer in layers}) > 1:
         return "its layers have heads of different widths"
     if max(layer.group for layer in layers) > MAX_GROUP:
         return f"more than {MAX_GROUP} query heads share a key-value head"
     return None
+
+
+def _missing(config: ModelConfig) -> str | None:
+    """What of this model the executor does not compute, or None."""
+    layers, head_dim = config.layers, config.layers[0].head_dim
+    found = {
+        "learned positions": config.positions == "learned",
+        "ALiBi positions": config.positions == "alibi",
+        "layer norms": config.norm == "layer",
+        "parallel residuals": config.parallel,
+        "scaled embeddings": config.embed_scale != 1.0,
+        "a scale of queries": config.query_scale is not None,
+        "soft caps": config.attention_softcap is not None or config.final_softcap is not None,
+        "feed-forward networks without a gate": not all(layer.gated for layer in layers),
+        "sliding windows": any(layer.window is not None for layer in layers),
+        "rotary positions that differ between layers": any(layer.rope is not None for layer in layers),
+        "heads that are turned in part": config.rope.width(head_dim) != head_dim,
+        "norms of queries and keys": any(layer.qk_norm for layer in layers),
+        "norms behind attention": any(layer.post_norms for layer in layers),
+        f"the activation {config.activation}": config.activation == "relu",
+    }
+    return ", ".join(name for name, there in found.items() if there) or None
 
 
 class CpuBackend(Backend):

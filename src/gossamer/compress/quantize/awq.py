@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...formats import Codes, Format
 from ...model import ModelConfig
-from ..blockview import POINTS, BlockView
+from ..blockview import BlockView
 from ..method import BlockQuantizer, QuantizeOptions
 from ..walk import TOKENS_AT_ONCE, hessian
 from .fold import Roles, carries, fold, foldable
@@ -49,9 +49,9 @@ class AWQ(BlockQuantizer):
 
     def compress(self, view: BlockView) -> None:
         """Fold, then decide every linear layer of a block. Raises NumericalError, ShapeMismatch."""
-        for roles in POINTS:
+        for roles in view.points:
             self._scale(view, roles)
-        for roles in POINTS:
+        for roles in view.points:
             self._decide(view, roles)
 
     def peak_bytes(self, config: ModelConfig, index: int, sequences: int, length: int) -> int:

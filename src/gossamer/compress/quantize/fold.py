@@ -6,7 +6,8 @@ multiplied by it: x W^T = (x / s) (W s)^T. The division costs nothing where what
     q k v      the norm before attention
     o          the rows of v; query heads that share a key-value head read the same values, so they share scales
     gate up    the norm before the feed-forward network
-    down       the rows of up, which the gate's activation multiplies and nothing else changes
+    down       the rows of up, which the gate's activation multiplies and nothing else changes; without a gate only if
+               the activation is a ReLU, which any positive factor passes
 
 Shared by AWQ, SmoothQuant and OmniQuant. Knows blocks; knows no grid and no method.
 """
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import NumericalError
-from ...model.decoder import Block
+from ...model.decoder import Block, RMSNorm
 from ..blockview import BlockView
 
 Roles = tuple[str, ...]
@@ -31,7 +32,8 @@ def foldable(block: Block, roles: Roles, scale: Tensor) -> Tensor:
 
     Heads that share values get the geometric mean of their scales. Norm weights and biases, which stay in float, must
     still be numbers that the artifact can store: the scale is moved by less than 0.4% so that the quotient is one of
-    bfloat16. Raises NumericalError if a scale is not positive and finite.
+    bfloat16 (the bias of a norm, which has the scale of its weight, is rounded to one). Where nothing can carry a
+    scale, it is 1. Raises NumericalError if a scale is not positive and finite.
     """
     if not (torch.isfinite(scale) & (scale > 0)).all():
         raise NumericalError(
@@ -44,8 +46,9 @@ def foldable(block: Block, roles: Roles, scale: Tensor) -> Tensor:
         shared = _storable(_linear(block, "v").bias, heads.log().mean(1).exp().flatten())
         return _repeat(block, shared)
     if roles == ("down",):
-        return _storable(_linear(block, "up").bias, scale)
-    return _storable(_norm(block, roles), scale)
+        return _storable(_linear(block, "up").bias, scale) if folds_up(block) else torch.ones_like(scale)
+    norm = _norm(block, roles)
+    return _storable(norm.weight, scale, norm_offset(norm))
 
 
 def fold(block: Block, roles: Roles, scale: Tensor) -> Tensor:
@@ -60,8 +63,10 @@ def fold(block: Block, roles: Roles, scale: Tensor) -> Tensor:
     elif roles == ("down",):
         _divide_rows(_linear(block, "up"), scale)
     else:
-        weight = _norm(block, roles)
-        weight.copy_(_divided(weight, scale))
+        norm = _norm(block, roles)
+        norm.weight.copy_(_divided(norm.weight, scale, norm_offset(norm)))
+        if isinstance(norm, nn.LayerNorm):
+            norm.bias.copy_(_divided(norm.bias, scale))
     for role in roles:
         _linear(block, role).weight.mul_(scale)
     return scale
@@ -83,8 +88,18 @@ def _linear(block: Block, role: str) -> nn.Linear:
     return cast(nn.Linear, getattr(block, role))
 
 
-def _norm(block: Block, roles: Roles) -> Tensor:
-    return (block.attn_norm if "q" in roles else block.ffn_norm).weight
+def folds_up(block: Block) -> bool:
+    """True if the rows of `up` can carry a scale of the input of `down`."""
+    return block.layer.gated or block.activation == "relu"
+
+
+def norm_offset(norm: nn.Module) -> float:
+    """What is added to a norm's weight before it multiplies."""
+    return norm.offset if isinstance(norm, RMSNorm) else 0.0
+
+
+def _norm(block: Block, roles: Roles) -> nn.LayerNorm | RMSNorm:
+    return cast("nn.LayerNorm | RMSNorm", block.attn_norm if "q" in roles else block.ffn_norm)
 
 
 def _repeat(block: Block, shared: Tensor) -> Tensor:
@@ -99,13 +114,16 @@ def _divide_rows(linear: nn.Linear, scale: Tensor) -> None:
         linear.bias.copy_(_divided(linear.bias, scale))
 
 
-def _divided(values: Tensor, scale: Tensor) -> Tensor:
-    return (values / scale).bfloat16().to(values.dtype)
+def _divided(values: Tensor, scale: Tensor, offset: float = 0.0) -> Tensor:
+    return ((values + offset) / scale - offset).bfloat16().to(values.dtype)
 
 
-def _storable(values: Tensor | None, scale: Tensor) -> Tensor:
-    """The scale by which these values must be divided to become numbers of bfloat16; zeros leave it as it is."""
+def _storable(values: Tensor | None, scale: Tensor, offset: float = 0.0) -> Tensor:
+    """The scale by which these values must be divided to become numbers of bfloat16; zeros leave it as it is.
+
+    To what is divided and stored, `offset` is added.
+    """
     if values is None:
         return scale
-    divided = _divided(values, scale)
-    return torch.where(divided == 0, scale, values / divided)
+    divided = _divided(values, scale, offset) + offset
+    return torch.where(divided / (values + offset) > 0, (values + offset) / divided, scale)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...formats import Codes, Format, Integer, Outliers
 from ...model import ModelConfig
-from ..blockview import POINTS, BlockView
+from ..blockview import BlockView
 from ..method import BlockQuantizer, GridOptions, QuantizeOptions
 from ..walk import TOKENS_AT_ONCE
 from .fold import carries
@@ -55,7 +55,7 @@ class LLMInt8(BlockQuantizer):
     def compress(self, view: BlockView) -> None:
         """Decide every linear layer of a block. Raises NumericalError, ShapeMismatch."""
         o = self.options
-        for roles in POINTS:
+        for roles in view.points:
             activations = largest(view.inputs(roles[0]))
             carries(view, roles, activations)
             columns = outlier_columns(activations, o.threshold, o.outlier_share)

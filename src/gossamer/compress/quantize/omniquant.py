@@ -14,10 +14,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ...formats import Integer
-from ..blockview import POINTS, BlockView
+from ..blockview import BlockView
 from ..blockwise import BlockLearner, LearnOptions, block_error, integer_form, learn
 from ..fakequant import codes_of, fake_quantize
-from .fold import fold
+from .fold import fold, folds_up, norm_offset
 from .grid import grid_of
 
 WIDEST = 0.982
@@ -110,18 +110,22 @@ class Scales:
     """Logarithms of the scales of the inputs at each point of a block, for the block's parameters as they stand."""
 
     def __init__(self, view: BlockView) -> None:
-        self.block = view.block
+        self.block, self.points = view.block, view.points
         layer, hidden = self.block.layer, view.x.shape[-1]
         self.logs = [nn.Parameter(torch.zeros(n)) for n in (hidden, layer.kv_size, hidden, layer.ffn_width)]
         """At (q, k, v), (o), (gate, up) and (down); that of o for each key-value head, whose values its heads share."""
+        self.logs[3].requires_grad_(folds_up(self.block))
 
     def scaled(self) -> dict[str, Tensor]:
         """Every parameter of the block, scaled: the block computes the same."""
         params: dict[str, Tensor] = {name: p.detach() for name, p in self.block.named_parameters()}
         values, ups = self.logs[1].exp(), self.logs[3].exp()
         for norm, scale in (("attn_norm", self.logs[0].exp()), ("ffn_norm", self.logs[2].exp())):
-            params[f"{norm}.weight"] = params[f"{norm}.weight"] / scale
-        for roles, scale in zip(POINTS, self.inputs(), strict=True):
+            offset = norm_offset(getattr(self.block, norm))
+            params[f"{norm}.weight"] = (params[f"{norm}.weight"] + offset) / scale - offset
+            if f"{norm}.bias" in params:
+                params[f"{norm}.bias"] = params[f"{norm}.bias"] / scale
+        for roles, scale in zip(self.points, self.inputs(), strict=True):
             for role in roles:
                 params[f"{role}.weight"] = params[f"{role}.weight"] * scale
         for role, scale in (("v", values), ("up", ups)):
@@ -139,7 +143,7 @@ class Scales:
     @torch.no_grad()
     def fold(self) -> None:
         """Put the scales into the block's own parameters."""
-        for roles, scale in zip(POINTS, self.inputs(), strict=True):
+        for roles, scale in zip(self.points, self.inputs(), strict=True):
             if bool((scale != 1).any()):
                 fold(self.block, roles, scale)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...checkpoint import Checkpoint
 from ...checkpoint.tokenizer import Tokenizer
+from ...errors import CompressionError
 from ...formats import Dense, Format
 from ...model import FAMILIES, LINEARS, ModelConfig, tensor_names
 from ...model.families import NORMS, Family
@@ -156,12 +157,28 @@ class Rotate(Transform):
     options: RotateOptions
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The rotated model, whose tensors are computed as they are read."""
+        """The rotated model, whose tensors are computed as they are read. Raises CompressionError."""
+        _require_rotatable(checkpoint.config)
         return RotatedCheckpoint(checkpoint, self.options)
 
     def expect(self, config: ModelConfig) -> ModelConfig:
         """With a head of its own, which it gets unless the final norm multiplies all channels alike."""
+        _require_rotatable(config)
         return replace(config, tie_embeddings=False)
+
+
+def _require_rotatable(config: ModelConfig) -> None:
+    """Raises CompressionError for a model in which something else than linear layers touches the residual stream."""
+    reason = None
+    if config.norm != "rms":
+        reason = "its norms take the mean away, which is another after a rotation"
+    elif any(layer.post_norms for layer in config.layers):
+        reason = "norms stand between its linear layers and the residual stream, and multiply each channel by a weight"
+    if reason is not None:
+        raise CompressionError(
+            f"rotate: a model of the family {config.family} cannot be rotated: {reason}",
+            hint="leave the stage away",
+        )
 
 
 class RotatedCheckpoint(Checkpoint):
@@ -200,6 +217,8 @@ class RotatedCheckpoint(Checkpoint):
         if role in ("v", "o", "down") or kind == "bias":
             whole = self._written(name, role, block, kind)
             return (whole if rows is None else whole[rows]).to(dtype)
+        if role in ("q_norm", "k_norm"):
+            return self._plain(name)[rows or slice(None)].to(dtype)
         if role in NORMS or role == "final_norm":
             return self._norm(name, role)[rows or slice(None)].to(dtype)
         return self._reader(name, role, block, rows).to(dtype)
@@ -259,6 +278,6 @@ def _places(family: Family, config: ModelConfig) -> Iterator[tuple[str, tuple[st
     for role in ("embed", "final_norm", "head"):
         yield f"{family.module(role)}.weight", (role, None, "weight")
     for i in range(config.num_layers):
-        for role in (*LINEARS, *NORMS):
+        for role in (role for role in (*LINEARS, *NORMS) if role in family.modules):
             for kind in ("weight", "bias"):
                 yield f"{family.module(role, i)}.{kind}", (role, i, kind)

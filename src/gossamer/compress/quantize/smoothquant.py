@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ...model import ModelConfig
-from ..blockview import POINTS, BlockView
+from ..blockview import BlockView
 from ..method import BlockQuantizer, QuantizeOptions
 from ..walk import TOKENS_AT_ONCE
 from .fold import Roles, carries, fold
@@ -42,7 +42,7 @@ class SmoothQuant(BlockQuantizer):
 
     def compress(self, view: BlockView) -> None:
         """Fold, then decide every linear layer of a block. Raises NumericalError, ShapeMismatch."""
-        for roles in POINTS:
+        for roles in view.points:
             self._smooth(view, roles)
         for role in view.roles:
             weight, form = getattr(view.block, role).weight, view.form(role)
@@ -57,7 +57,7 @@ class SmoothQuant(BlockQuantizer):
 
     def _smooth(self, view: BlockView, roles: Roles) -> None:
         activations = largest(view.inputs(roles[0]))
-        wanted = self.options.points == "all" or len(roles) > 1
+        wanted = self.options.points == "all" or roles[0] not in ("o", "down")
         if not carries(view, roles, activations) or not wanted:
             return
         weights = torch.cat([getattr(view.block, role).weight for role in roles])

@@ -1,0 +1,69 @@
+"""Every method on a tiny model of every family: what it makes computes nearly the same, or it refuses and says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gossamer.checkpoint import open_checkpoint
+from gossamer.checkpoint.load import load_decoder
+from gossamer.compress.calibration import Calibration, token_hash
+from gossamer.compress.pipeline import compress
+from gossamer.compress.recipe import parse_recipe
+from gossamer.compress.registry import METHODS
+from gossamer.errors import CompressionError
+from gossamer.model.decoder import Decoder
+from tiny_families import VARIANTS, make_family
+
+FAMILIES = [name for name in VARIANTS if "-" not in name]
+GRID = {"bits": 8, "group_size": 32}
+RTN = {"method": "rtn", **GRID}
+STAGES: dict[str, list[dict[str, Any]]] = {
+    "rotate": [{"method": "rotate"}, RTN],
+    "smoothquant": [{"method": "smoothquant", "points": "all"}],
+    "llm-int8": [{"method": "llm-int8"}],
+    "omniquant": [{"method": "omniquant", **GRID, "steps": 3}],
+    "signround": [{"method": "signround", **GRID, "steps": 3}],
+    "efficientqat": [{"method": "efficientqat", **GRID, "steps": 3}],
+    "squeezellm": [{"method": "squeezellm", "outlier_share": 0.05}],
+    "scales": [RTN, {"method": "scales", "steps": 2}],
+    "qat": [RTN, {"method": "qat", "steps": 2}],
+    "qlora": [RTN, {"method": "qlora", "steps": 2}],
+}
+REFUSED = {"rotate": {"gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "bloom"}}
+"""Whose norms do not commute with a rotation."""
+BOUNDS = {"squeezellm": 0.6}
+"""Of the error of logits over their spread, where the method has no 8 bits."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, tmp_path_factory) -> tuple[str, Path, Decoder]:
+    folder = tmp_path_factory.mktemp("family") / "model"
+    make_family(folder, request.param)
+    return request.param, folder, load_decoder(open_checkpoint(folder))
+
+
+def calibration() -> Calibration:
+    tokens = torch.randint(0, 300, (4, 24), generator=torch.Generator().manual_seed(0))
+    record = {"kind": "self", "sha256": token_hash(tokens), "sequences": 4, "length": 24, "seed": 0}
+    return Calibration(tokens, {**record, "line_hashes": [], "details": {"source": "self"}})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_on_a_family(model, method, tmp_path) -> None:
+    family, folder, original = model
+    stages = STAGES.get(method, [{"method": method, **GRID}])
+    recipe = parse_recipe({"version": 1, "name": "r", "stages": stages}, "test")
+    if family in REFUSED.get(method, ()):
+        with pytest.raises(CompressionError, match=f"the family {family} cannot"):
+            compress(open_checkpoint(folder), recipe, tmp_path / "out", calibration())
+        return
+    compress(open_checkpoint(folder), recipe, tmp_path / "out", calibration())
+    tokens = torch.randint(300, (2, 40), generator=torch.Generator().manual_seed(2))
+    expected = original(tokens)
+    found = load_decoder(open_checkpoint(tmp_path / "out"))(tokens)
+    error = (found - expected).square().mean().sqrt() / expected.std()
+    assert 0 < error < BOUNDS.get(method, 0.1)
