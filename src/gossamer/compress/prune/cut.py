@@ -17,7 +17,7 @@ from ...checkpoint.tokenizer import Tokenizer
 from ...errors import CompressionError
 from ...formats import Dense, Format
 from ...model import FAMILIES, LINEARS, LayerConfig, ModelConfig, tensor_names
-from ...model.families import NORMS
+from ...model.families import norm_parts
 
 SAYS_BIASES = {"llama"}
 """Families whose other readers know `attention_bias` and `mlp_bias`: a bias for all of q, k, v, o or gate, up, down."""
@@ -122,9 +122,10 @@ class CutCheckpoint(Checkpoint):
             keys = _spread(torch.tensor(sorted(set((heads // was.group).tolist()))), was.head_dim)
             rows = {"q": queries, "k": keys, "v": keys, "gate": channels, "up": channels}
             columns = {"o": queries, "down": channels}
-            for role in NORMS:
-                yield f"{family.module(role, new)}.weight", _Place(f"{family.module(role, old)}.weight")
-            for role in LINEARS:
+            for role in was.norm_sizes(self.config.hidden_size):
+                for part in norm_parts(self.config):
+                    yield f"{family.module(role, new)}.{part}", _Place(f"{family.module(role, old)}.{part}")
+            for role in was.linear_shapes(self.config.hidden_size):
                 before, name = family.module(role, old), family.module(role, new)
                 yield f"{name}.weight", _Place(f"{before}.weight", rows.get(role), columns.get(role))
                 value = self._decision.get(f"{old}.{role}.bias")

@@ -77,8 +77,9 @@ def head_pieces(i: int, layer: LayerConfig, hidden: int, scores: Tensor, heads: 
 def channel_pieces(i: int, layer: LayerConfig, hidden: int, scores: Tensor, multiple: int) -> list[Piece]:
     """Pieces of layer i's channels by scores [ffn_width], the best first, each of `multiple` but perhaps the last."""
     order = scores.argsort(descending=True, stable=True)
+    cost = (3 if layer.gated else 2) * hidden
     return [
-        Piece(i, "channels", tuple(part.sort().values.tolist()), float(scores[part].mean()), 3 * hidden * len(part))
+        Piece(i, "channels", tuple(part.sort().values.tolist()), float(scores[part].mean()), cost * len(part))
         for part in torch.split(order, multiple)
     ]
 
