@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from gossamer.formats import Codebook, Codes, Integer, KMeans, Outliers
+from gossamer.formats import Codebook, Codes, Integer, KMeans, Outliers, Sparse
 
 FORMATS = [
     *(
@@ -25,6 +25,9 @@ FORMATS = [
     KMeans(2),
     KMeans(3, 0.01),
     KMeans(4, 0.005),
+    Sparse(Integer(8, None), 0.5),
+    Sparse(Integer(4, 32), 0.75),
+    Sparse(Integer(3, 16, symmetric=False), 0.3),
 ]
 
 
@@ -35,8 +38,10 @@ def random_outliers(out: int, columns: int, count: int, generator: torch.Generat
     return Outliers((places // columns).int(), (places % columns).int(), values)
 
 
-def random_codes(form: Integer | Codebook | KMeans, out: int, columns: int, seed: int = 0) -> Codes:
+def random_codes(form: Integer | Codebook | KMeans | Sparse, out: int, columns: int, seed: int = 0) -> Codes:
     """Codes over the whole range of the format, with scales that it stores as they are."""
+    if isinstance(form, Sparse):
+        return _pruned(random_codes(form.inner, out, columns, seed), form.sparsity, seed)
     g = torch.Generator().manual_seed(seed)
     shape = (out, form.groups(columns))
     # 6 of the 8 bits of bfloat16's mantissa and the 4 of E4M3 hold these, whatever power of two they are times.
@@ -59,3 +64,15 @@ def random_codes(form: Integer | Codebook | KMeans, out: int, columns: int, seed
     if not isinstance(form, Codebook) and form.outliers:
         outliers = random_outliers(out, columns, out * round(form.outlier_share * columns), g)
     return Codes(codes, scale, zero, levels, outliers)
+
+
+def _pruned(codes: Codes, sparsity: float, seed: int) -> Codes:
+    """The same codes of integers with just this share of zeros: all others stand for something else."""
+    out, columns = codes.codes.shape
+    zero = torch.zeros_like(codes.scale) if codes.zero is None else codes.zero
+    zero = zero.repeat_interleave(columns // zero.shape[1], 1).to(torch.int8)
+    others = torch.where(codes.codes == zero, torch.where(zero > 0, zero - 1, zero + 1), codes.codes)
+    places = torch.randperm(out * columns, generator=torch.Generator().manual_seed(seed))
+    where = torch.zeros(out * columns, dtype=torch.bool)
+    where[places[: round(sparsity * out * columns)]] = True
+    return Codes(torch.where(where.view(out, columns), zero, others), codes.scale, codes.zero)

@@ -17,7 +17,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import CorruptCheckpoint, ModelNotFound, ShapeMismatch, UnsupportedModel
-from ..formats import Codebook, Dense, Format, Integer, Kind, KMeans, Layout, LowRank, layout_from_quantization_config
+from ..formats import (
+    Codebook,
+    Dense,
+    Format,
+    Integer,
+    Kind,
+    KMeans,
+    Layout,
+    LowRank,
+    Sparse,
+    layout_from_quantization_config,
+)
 from ..formats import outliers as outlier_tensors
 from ..formats.low_rank import SIDES, local_name
 from ..model.families import FAMILIES, OWN_PREFIX
@@ -203,6 +214,10 @@ class HFCheckpoint(Checkpoint):
         """The format with what config.json does not say: the dtype of the scales, the number of outliers."""
         if isinstance(form, LowRank):
             return replace(form, inner=self._as_found(form.inner, module, "weight_u"))
+        if isinstance(form, Sparse):
+            inner, numbers = self._as_found(form.inner, module, weight), f"{module}.{form.numbers}"
+            found = numbers in self._sources
+            return form.found(inner, math.prod(self._sources[numbers].info(numbers).shape)) if found else form
         scale, outliers = f"{module}.{weight}_scale", f"{module}.{outlier_tensors.VALUES}"
         if isinstance(form, Integer | Codebook) and scale in self._sources:
             form = replace(form, scale_dtype=self._sources[scale].info(scale).dtype)
@@ -258,7 +273,7 @@ class HFCheckpoint(Checkpoint):
 
     def _check_packed(self, form: Format, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that the stored tensors of a weight say it has."""
-        coded = form.inner if isinstance(form, LowRank) else form
+        coded = form.inner if isinstance(form, LowRank) else form.grid
         if isinstance(coded, Integer | Codebook) and not coded.fixed_scales and coded.scale_dtype not in _FLOATS:
             raise CorruptCheckpoint(f"{self.path}: the scales of {name!r} are {coded.scale_dtype}")
         if isinstance(form, LowRank):
@@ -297,11 +312,14 @@ class HFCheckpoint(Checkpoint):
         if manifest is not None:
             note = manifest.base.note
             return f"{DERIVED}{note}" if manifest.recipe and note else note
-        packed = Counter(form for form in self._formats.values() if isinstance(form, Integer | Codebook | KMeans))
+        packed = Counter(f for f in self._formats.values() if isinstance(f.grid, Integer | Codebook | KMeans))
+        packed = packed or Counter(f for f in self._formats.values() if isinstance(f, Sparse))
         if not packed:
             return None
         form = packed.most_common(1)[0][0]
-        return f"stored as {form.name}: already {form.bits}-bit"
+        grid = form.grid
+        already = f"{grid.bits}-bit" if isinstance(grid, Integer | Codebook | KMeans) else "sparse"
+        return f"stored as {form.name}: already {already}"
 
 
 def _dumped(manifest: Manifest, folder: Path) -> dict[str, Any]:

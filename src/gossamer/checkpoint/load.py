@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..formats import Codebook, Dense, Format, Integer, KMeans, LowRank, TensorTrain
+from ..formats import Codebook, Dense, Format, Integer, KMeans, LowRank, Sparse, TensorTrain
 from ..formats.linear import DenseEmbedding, DenseLinear, PackedEmbedding, stored_linear
 from ..model.config import ModelConfig
 from ..model.decoder import Decoder
@@ -116,7 +116,7 @@ def _fill(decoder: Decoder, place: _Place, checkpoint: Checkpoint, dtype: torch.
 
 def is_packed(form: Format) -> bool:
     """True if a layer multiplies by what is stored: for all formats of a folder but dense ones."""
-    return isinstance(form, Integer | Codebook | KMeans | LowRank | TensorTrain)
+    return isinstance(form, Integer | Codebook | KMeans | LowRank | Sparse | TensorTrain)
 
 
 def _held(form: Format) -> Format:

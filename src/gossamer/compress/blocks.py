@@ -5,6 +5,7 @@ Knows how each kind of method is fed; what a unit is on disk is `units.py`, what
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -129,7 +130,7 @@ class _Maker:
             else:
                 codes, error = self._round_weight(name, form, method)
                 packed = form.pack(codes)
-        return _named_tensors(module, packed), _note(i, role, form, shape, error)
+        return _named_tensors(module, packed), _note(i, role, form, packed, shape, error)
 
     def _round_weight(self, name: str, form: Format, method: Quantizer) -> tuple[Codes, float]:
         """Codes of a weight that needs no statistics, and its relative squared error, a slice of rows at a time."""
@@ -139,7 +140,7 @@ class _Maker:
         for start in range(0, rows, step):
             weight = self.source.checkpoint.tensor(name, rows=slice(start, min(start + step, rows)))
             _check_finite(name, weight)
-            part = _naming([name], partial(method.quantize, weight, form, None))
+            part = _naming([name], partial(method.quantize, weight, form, None)).with_zeros(form.zeros(weight))
             lost += float((part.dequantize() - weight).square_().sum())
             total += float(weight.square().sum())
             parts.append(part)
@@ -181,7 +182,7 @@ class _Maker:
         def put(role: str, form: Format, packed: dict[str, Tensor], before: Tensor, hessian: Tensor) -> None:
             """Record what is stored of a linear layer, and let the block compute with it, as a resumed run will."""
             value = form.unpack(packed)
-            notes.append(_note(i, role, form, tuple(before.shape), _output_error(before, value, hessian)))
+            notes.append(_note(i, role, form, packed, tuple(before.shape), _output_error(before, value, hessian)))
             getattr(block, role).weight = nn.Parameter(value, requires_grad=False)
             tensors.update(_named_tensors(self.family.module(role, i), packed))
 
@@ -192,7 +193,7 @@ class _Maker:
             gradient = None if gradients is None else _cat([gradients.read(role) for role in roles])
             codes = _naming(names, partial(method.quantize, _cat(weights), form, hessian, gradient))
             for role, part, before in zip(roles, codes.split([len(w) for w in weights]), weights, strict=True):
-                put(role, form, form.pack(part), before, hessian)
+                put(role, form, form.pack(part.with_zeros(form.zeros(before))), before, hessian)
 
         def alone(role: str, form: Format, hessian: Tensor) -> dict[str, Tensor]:
             """Stored tensors of a layer that is not a matrix of codes, and so shares nothing with its neighbours."""
@@ -255,13 +256,15 @@ class _Maker:
         for name, tensor in tensors.items():
             if not torch.isfinite(tensor).all():
                 raise NumericalError(f"{name} is not finite after {method.name}", hint="nothing of it is kept")
-        for role in names:
-            packed = view.stored[role] if role in view.stored else forms[role].pack(view.decided[role])
-            tensors |= _named_tensors(names[role], packed)
-            getattr(block, role).weight = nn.Parameter(forms[role].unpack(packed), requires_grad=False)
+        packed = {
+            role: view.stored[role] if role in view.stored else forms[role].pack(view.decided[role]) for role in names
+        }
+        for role, stored in packed.items():
+            tensors |= _named_tensors(names[role], stored)
+            getattr(block, role).weight = nn.Parameter(forms[role].unpack(stored), requires_grad=False)
         error = _block_error(block, x, target, rotation)
         shapes = self.config.layers[i].linear_shapes(self.config.hidden_size)
-        notes = [_note(i, role, forms[role], shapes[role], error) for role in names]
+        notes = [_note(i, role, forms[role], stored, shapes[role], error) for role, stored in packed.items()]
         self.units.write(block_unit(i), tensors, {"layers": notes})
 
 
@@ -269,8 +272,10 @@ def _named_tensors(module: str, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{module}.{local}": tensor for local, tensor in stored.items()}
 
 
-def _note(block: int | None, role: str, form: Format, shape: tuple[int, ...], error: float) -> dict[str, Any]:
-    bits = form.bits_per_weight(shape)
+def _note(
+    block: int | None, role: str, form: Format, packed: dict[str, Tensor], shape: tuple[int, ...], error: float
+) -> dict[str, Any]:
+    bits = 8 * sum(tensor.nbytes for tensor in packed.values()) / math.prod(shape)
     return {"block": block, "linear": role, "format": form.name, "bits_per_weight": bits, "relative_error": error}
 
 

@@ -52,6 +52,7 @@ class BlockView:
         self.generator = torch.Generator().manual_seed((seed * 1_000_003 + block.index) % 2**63)
         """For whatever a method draws: a block gets the same numbers in a run that was resumed."""
         self._forms, self._names = forms, names
+        self._zeros = {role: form.zeros(getattr(block, role).weight) for role, form in forms.items()}
 
     @property
     def index(self) -> int:
@@ -88,6 +89,7 @@ class BlockView:
             raise CompressionError(
                 f"{self._names[role]}: codes {tuple(codes.codes.shape)} for a weight {tuple(linear.weight.shape)}"
             )
+        codes = codes.with_zeros(self._zeros[role])
         value = codes.dequantize()
         if not torch.isfinite(value).all():
             raise NumericalError(

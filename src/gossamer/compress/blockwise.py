@@ -58,12 +58,13 @@ class BlockLearner(BlockQuantizer):
 
 def integer_form(form: Format, where: str) -> Integer:
     """The format, which learning needs to be an evenly spaced grid. Raises CompressionError naming the layer."""
-    if not isinstance(form, Integer):
+    grid = form.grid
+    if not isinstance(grid, Integer):
         raise CompressionError(
             f"{where}: learned rounding works on evenly spaced integers, not on {form.name}",
             hint="format: int, or another method for codebooks",
         )
-    return form
+    return grid
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ from .factorize.tensor_train import TensorTrainEmbedding
 from .method import Method
 from .prune.depth import Depth
 from .prune.flap import FLAP
+from .prune.magnitude import Magnitude
+from .prune.sparsegpt import SparseGPT
+from .prune.wanda import Wanda
 from .prune.wanda_sp import WandaSP
 from .quantize.awq import AWQ
 from .quantize.efficientqat import EfficientQAT
@@ -28,6 +31,9 @@ from .tune.scales import Scales
 
 _ROWS: tuple[type[Method], ...] = (
     Rotate,
+    Magnitude,
+    Wanda,
+    SparseGPT,
     WandaSP,
     FLAP,
     Depth,

@@ -99,6 +99,8 @@ class CpuBackend(Backend):
         self._arena = loader.packer.arena
         self.expanded = loader.packer.expanded
         """Names of formats that are held in bfloat16 -> whether all their weights are exact there."""
+        self.filled = loader.packer.filled
+        """Names of sparse formats that are held with their zeros."""
         self.integers = loader.packer.coded
         """True if some weight is a coded one, so that activations may be rounded."""
         if activations == "int8" and not self.integers:
@@ -157,6 +159,8 @@ class CpuBackend(Backend):
         said = f"{kernels.isa()}, {self.activations} activations"
         for name, exact in sorted(self.expanded.items()):
             said += f"; {name} weights held as bfloat16, {'exactly' if exact else 'rounded to it'}"
+        for name in sorted(self.filled):
+            said += f"; {name} weights held with their zeros"
         return said
 
     def _threads(self) -> int:

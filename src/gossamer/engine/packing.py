@@ -4,6 +4,7 @@
     nf4, fp4, mxfp4, nvfp4         4-bit codes, looked up in registers; groups of 16 columns as well
     fp8                            bytes, made floats in registers
     outliers of integers           beside the packed weight, in float32
+    sparse weights                 filled up with their zeros, and then as what they hold
     k-means, and what fits none    bfloat16 (integers in other groups: float32); `Packer.expanded` names those
 Knows checkpoints and the extension; knows no layers.
 """
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..formats import Codebook, Dense, Format, Integer, KMeans
+from ..formats import Codebook, Dense, Format, Integer, KMeans, Sparse
 from ..formats.codebook import GLOBAL_SCALE
 from ..kernels import cpu as kernels
 from ..kernels import dispatch
@@ -34,6 +35,8 @@ Held: TypeAlias = "Integer | Codebook | Literal['bf16', 'float']"
 
 def held_as(form: Format, columns: int, dense: torch.dtype) -> Held:
     """How a weight of this format and width is held; `dense`: the dtype that a quantized one was made from."""
+    if isinstance(form, Sparse):
+        return held_as(form.inner, columns, dense)
     if isinstance(form, Codebook):
         groups = form.group_size in (None, columns) or form.group_size == BLOCK_COLUMNS // 2
         return form if groups or _whole_blocks(form.group_size) else "bf16"
@@ -53,8 +56,13 @@ def expansion(checkpoint: Checkpoint) -> int:
     total = 0
     for name in checkpoint.names():
         form, shape = checkpoint.format(name), checkpoint.shape(name)
-        if len(shape) == 2 and not isinstance(form, Dense) and held_as(form, shape[1], checkpoint.dtype) == "bf16":
+        if len(shape) != 2 or isinstance(form, Dense):
+            continue
+        held = held_as(form, shape[1], checkpoint.dtype)
+        if held == "bf16":
             total += Dense(torch.bfloat16).nbytes(shape) - form.nbytes(shape)
+        elif isinstance(form, Sparse):
+            total += (Dense(torch.float32) if held == "float" else form.inner).nbytes(shape) - form.nbytes(shape)
     return total
 
 
@@ -69,6 +77,8 @@ class Packer:
         """True if some weight meets activations that may be rounded to 8 bits."""
         self.expanded: dict[str, bool] = {}
         """Names of formats that are held in bfloat16 -> whether all their weights are exact there."""
+        self.filled: set[str] = set()
+        """Names of sparse formats that are held with their zeros."""
 
     def alike(self, modules: Sequence[str]) -> bool:
         """True if these modules' weights can be rows of one packed weight."""
@@ -106,7 +116,10 @@ class Packer:
         return held_as(self.checkpoint.format(name), self.checkpoint.shape(name)[1], self.checkpoint.dtype)
 
     def _integer_part(self, form: Integer, name: str) -> Any:
-        tensors = self.checkpoint.stored(name)
+        stored, tensors = self.checkpoint.format(name), self.checkpoint.stored(name)
+        if isinstance(stored, Sparse):
+            self.filled.add(stored.name)
+            tensors = stored.filled(tensors)
         zero = None
         if not form.symmetric:
             words = tensors["weight_zero_point"].T.contiguous()

@@ -9,6 +9,7 @@ from .kmeans import KMeans
 from .layout import Kind, Layout, layout_from_quantization_config, only_ours, quantization_config
 from .low_rank import LowRank
 from .own_layout import OWN_METHOD
+from .sparse import Sparse
 from .tensor_train import TensorTrain
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "Layout",
     "LowRank",
     "Outliers",
+    "Sparse",
     "TensorTrain",
     "Tensors",
     "layout_from_quantization_config",

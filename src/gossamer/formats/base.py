@@ -48,6 +48,15 @@ class Format(abc.ABC):
     def name(self) -> str:
         """Short and exact, such as `bf16`, `int4-g64`, `int8-channel-asym`, `nf4-g64-dq`."""
 
+    @property
+    def grid(self) -> Format:
+        """The format whose numbers codes stand for: this one, or the one inside of it."""
+        return self
+
+    def zeros(self, weight: Tensor) -> Tensor | None:
+        """bool [out, in]: where a weight must stay zero however it is rounded; None: nowhere."""
+        return None
+
     @abc.abstractmethod
     def stored(self, shape: tuple[int, ...]) -> Stored:
         """Local name, dtype and shape of every tensor that stores a weight of this shape. Raises ShapeMismatch."""

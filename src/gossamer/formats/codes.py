@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,6 +60,18 @@ class Codes:
         if self.outliers is not None:
             self.outliers.add_to(weight)
         return weight
+
+    def zero_codes(self) -> Tensor:
+        """int8, broadcast to [out, in]: the codes that stand for zero on a grid of integers."""
+        assert self.levels is None
+        columns, groups = self.codes.shape[1], self.scale.shape[1]
+        if self.zero is None:
+            return self.codes.new_zeros(1, 1)
+        return self.zero.repeat_interleave(columns // groups, 1)
+
+    def with_zeros(self, where: Tensor | None) -> Codes:
+        """The same with zeros at some places [out, in] of a grid of integers; None: nowhere."""
+        return self if where is None else replace(self, codes=torch.where(where, self.zero_codes(), self.codes))
 
     def split(self, sizes: list[int]) -> list[Codes]:
         """Consecutive parts of so many rows each."""

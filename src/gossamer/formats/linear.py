@@ -21,6 +21,7 @@ from .integer import Integer
 from .kmeans import KMeans
 from .low_rank import LowRank
 from .outliers import COLUMNS, POINTERS, VALUES, pack_outliers, unpack_outliers
+from .sparse import Sparse
 from .tensor_train import TensorTrain
 
 ROWS_AT_ONCE = 4096
@@ -33,6 +34,8 @@ def stored_linear(form: Format, tensors: Tensors, bias: Tensor | None = None) ->
         return PackedLinear(form, tensors, bias)
     if isinstance(form, LowRank):
         return FactoredLinear(form, tensors, bias)
+    if isinstance(form, Sparse):
+        return SparseLinear(form, tensors, bias)
     if isinstance(form, TensorTrain):
         return TrainLinear(form, tensors, bias)
     assert isinstance(form, Codebook | KMeans)
@@ -164,6 +167,27 @@ class TableLinear(StoredLinear):
     def _rows(self, index: Tensor) -> Tensor:
         levels = self.levels if self.levels.ndim == 1 else self.levels[index]
         return dispatch.look_up(self.packed[index], levels, self.scale[index], self.bits, self.in_features)
+
+
+class SparseLinear(StoredLinear):
+    """Multiplies by a weight without its zeros, which is filled up for each product."""
+
+    def __init__(self, form: Sparse, tensors: Tensors, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = form.unpack(tensors).shape  # and so all tensors are checked
+        self.form, self.locals = form, tuple(tensors)
+        for local, tensor in tensors.items():
+            self.register_buffer(local, tensor.contiguous())
+        self._hold(None, bias)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.form.unpack(self._stored()))
+
+    def _rows(self, index: Tensor) -> Tensor:
+        return self.form.unpack(self._stored())[index]
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {local: self.get_buffer(local) for local in self.locals}
 
 
 class DenseLinear(Table):

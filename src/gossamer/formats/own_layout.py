@@ -19,6 +19,7 @@ from .dense import FLOAT_NAMES, Dense
 from .integer import Integer
 from .kmeans import KMeans
 from .low_rank import LowRank
+from .sparse import Sparse
 from .tensor_train import TensorTrain
 
 OWN_METHOD = "gossamer"
@@ -63,6 +64,8 @@ def _said(form: Format) -> dict[str, Any]:
         return {"type": form.kind, "group_size": form.group_size, "double_quant": form.double_quant}
     if isinstance(form, LowRank):
         return {"type": "low-rank", "rank": form.rank, "inner": _said(form.inner)}
+    if isinstance(form, Sparse):
+        return {"type": "sparse", "sparsity": form.sparsity, "inner": _said(form.inner)}
     if isinstance(form, TensorTrain):
         return {"type": "tensor-train", "modes": list(form.modes), "ranks": list(form.ranks), "dtype": form.dtype_name}
     if isinstance(form, Dense):
@@ -78,6 +81,7 @@ _KEYS: dict[str, dict[str, tuple[type, ...]]] = {
     "kmeans": {"bits": (int,), "outlier_share": (float, int)},
     "float": {"dtype": (str,)},
     "low-rank": {"rank": (int,), "inner": (dict,)},
+    "sparse": {"sparsity": (float, int), "inner": (dict,)},
     "tensor-train": {"modes": (list,), "ranks": (list,), "dtype": (str,)},
     **{kind: {"group_size": _SIZE, "double_quant": (bool,)} for kind in KINDS},
 }
@@ -100,6 +104,10 @@ def _format(where: str, said: dict[str, Any]) -> Format:
     size = values.get("group_size")
     if size is not None and size < 1:
         raise CorruptCheckpoint(f"{where}.format: group_size is {size}")
+    if kind == "sparse":
+        if values["inner"].get("type") not in ("float", "int"):  # the one format in another: nothing nests deeper
+            raise UnsupportedModel(f"{where}.format.inner.type {values['inner'].get('type')!r:.80} is not supported")
+        values["inner"] = _format(f"{where}.format.inner", values["inner"])
     try:
         return _made(kind, values)
     except GossamerError as error:
@@ -115,6 +123,8 @@ def _made(kind: str, values: dict[str, Any]) -> Format:
         return TensorTrain(_counts(values["modes"]), _counts(values["ranks"]), _dtype(values["dtype"]))
     if kind == "kmeans":
         return KMeans(values["bits"], values["outlier_share"])
+    if kind == "sparse":
+        return Sparse(values["inner"], values["sparsity"])
     if kind in KINDS:
         return Codebook(kind, values["group_size"], values["double_quant"])
     share = values["outlier_share"]

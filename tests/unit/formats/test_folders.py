@@ -24,7 +24,7 @@ from gossamer.compress.method import QuantizeOptions
 from gossamer.compress.quantize.rtn import RTN
 from gossamer.engine.cpu import CpuBackend
 from gossamer.errors import CorruptCheckpoint, UnsupportedModel
-from gossamer.formats import Codebook, Codes, Dense, Format, Integer, KMeans, only_ours, quantization_config
+from gossamer.formats import Codebook, Codes, Dense, Format, Integer, KMeans, Sparse, only_ours, quantization_config
 from gossamer.formats.layout import layout_from_quantization_config
 from gossamer.model import OWN_PREFIX
 
@@ -40,6 +40,9 @@ FORMS: list[Format] = [
     Codebook("fp8", None),
     KMeans(3),
     KMeans(4, 0.02),
+    Sparse(Dense(torch.bfloat16), 0.4),
+    Sparse(Integer(8, None), 0.5),
+    Sparse(Integer(3, 32, symmetric=False), 0.25),
 ]
 ids = [form.name for form in FORMS]
 COMPRESSED_TENSORS = [Codebook("mxfp4", 32), Codebook("nvfp4", 16), Codebook("fp8", None), Integer(5, 32)]
@@ -57,10 +60,16 @@ def quantized(weight: torch.Tensor, form: Format, seed: int) -> Codes:
         q = Codes(codes, torch.ones(out, 1), None, levels)
     else:
         q = RTN(QuantizeOptions()).quantize(weight, form, None)
-    if isinstance(form, Codebook) or not form.outliers:
+    if isinstance(form, Codebook | Sparse) or not form.outliers:
         return q
     outliers = random_outliers(out, columns, out * round(form.outlier_share * columns), g)
     return Codes(q.codes, q.scale, q.zero, q.levels, outliers)
+
+
+def pruned(weight: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """The same without its smallest numbers."""
+    gone = weight.abs().flatten().argsort()[: round(sparsity * weight.numel())]
+    return weight.flatten().index_fill(0, gone, 0.0).view(weight.shape)
 
 
 def write(source: Path, folder: Path, forms: dict[str, Format]) -> dict[str, torch.Tensor]:
@@ -76,9 +85,14 @@ def write(source: Path, folder: Path, forms: dict[str, Format]) -> dict[str, tor
         if isinstance(form, Dense):
             tensors[name] = tensor
             continue
-        codes = quantized(tensor.float(), form, i)
-        floats[name] = codes.dequantize()
-        tensors |= {f"{name.removesuffix('.weight')}.{local}": t for local, t in form.pack(codes).items()}
+        if isinstance(form, Sparse):
+            tensor = pruned(tensor, form.sparsity)
+        if form.grid == Dense(torch.bfloat16):
+            floats[name], stored = tensor.float(), form.compress(tensor)
+        else:
+            codes = quantized(tensor.float(), form, i)
+            floats[name], stored = codes.dequantize(), form.pack(codes)
+        tensors |= {f"{name.removesuffix('.weight')}.{local}": t for local, t in stored.items()}
     config = json.loads((source / "config.json").read_text())
     kinds = {m: "embedding" if m.endswith("embed_tokens") else "linear" for m in forms}
     config["quantization_config"] = quantization_config(forms, kinds, "lm_head")
@@ -231,6 +245,14 @@ def described(form: Format, **changes: object) -> dict[str, object]:
         (described(KMeans(3), bits=-1), CorruptCheckpoint, "-1"),
         (described(KMeans(3), outlier_share=float("nan")), CorruptCheckpoint, "nan"),
         (described(KMeans(3), more=1), CorruptCheckpoint, "more"),
+        (described(Sparse(Dense(), 0.5), sparsity=1.5), CorruptCheckpoint, "1.5"),
+        (described(Sparse(Dense(), 0.5), sparsity=float("nan")), CorruptCheckpoint, "nan"),
+        (described(Sparse(Dense(), 0.5), sparsity="half"), CorruptCheckpoint, "half"),
+        (described(Sparse(Dense(), 0.5), inner={"type": "float"}), CorruptCheckpoint, "dtype is 'missing'"),
+        (described(Sparse(Dense(), 0.5), inner={"type": "float", "dtype": "fp8"}), CorruptCheckpoint, "fp8"),
+        (described(Sparse(Dense(), 0.5), inner=[]), CorruptCheckpoint, "inner is []"),
+        (described(Sparse(Dense(), 0.5), inner={"type": "sparse"}), UnsupportedModel, "sparse"),
+        (described(Sparse(Dense(), 0.5), inner={"type": "nf4"}), UnsupportedModel, "nf4"),
         (described(Codebook("nf4", 64), group_size=0), CorruptCheckpoint, "group_size is 0"),
         (described(Codebook("nf4", 64), group_size="64"), CorruptCheckpoint, "group_size"),
         (described(Codebook("nf4", 64), type="mxfp4"), CorruptCheckpoint, "mxfp4"),

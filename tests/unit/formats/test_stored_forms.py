@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from format_codes import FORMATS, random_codes, random_outliers
 from gossamer.errors import GossamerError, KernelError, ShapeMismatch
-from gossamer.formats import Codebook, Codes, Dense, Format, Integer, KMeans
+from gossamer.formats import Codebook, Codes, Dense, Format, Integer, KMeans, Sparse
 
 ids = [form.name for form in FORMATS]
 
@@ -61,7 +61,9 @@ def test_rows_are_read_alone(form: Format, rows: list[int], seed: int) -> None:
         return tensors[local][part].clone()
 
     assert torch.equal(form.read(shape, start, stop, read), whole[start:stop])
-    assert asked <= form.nbytes((stop - start + 32, shape[1])) + 200  # no more than whole words of zero points need
+    bits_before = tensors["weight_mask"].nbytes if isinstance(form, Sparse) else 0
+    # No more than whole words of zero points need; sparse rows begin where the bits before them say.
+    assert asked <= form.nbytes((stop - start + 32, shape[1])) + bits_before + 200
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=ids)
@@ -142,6 +144,9 @@ def test_columns_past_the_range_of_int16_are_stored_wider() -> None:
         (lambda: KMeans(4, 1.5), "share"),
         (lambda: Integer(9, None), "2 to 8"),
         (lambda: Integer(4, None, outlier_share=0.1), "outlier_share"),
+        (lambda: Sparse(Dense(), 1.0), "share"),
+        (lambda: Sparse(Integer(8, None, outliers=True), 0.5), "no outliers"),
+        (lambda: Sparse(Dense(), 0.5).holding(Codebook("nf4", 64)), "not nf4"),
     ],
 )
 def test_formats_that_do_not_exist_say_what_does(make, words: str) -> None:
@@ -165,3 +170,60 @@ def test_a_format_without_a_scale_for_groups_says_so() -> None:
             form.round(one, one, None)
     with pytest.raises(KernelError, match="no codes"):
         Dense().pack(random_codes(Integer(4, None), 2, 4))
+
+
+def random_sparse(out: int, columns: int, sparsity: float, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.rand(out, columns, generator=g) + 0.5
+    gone = torch.randperm(out * columns, generator=g)[: round(sparsity * out * columns)]
+    return weight.flatten().index_fill(0, gone, 0.0).view(out, columns).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@given(
+    out=st.integers(1, 70),
+    columns=st.integers(1, 70),
+    sparsity=st.sampled_from([0, 0.25, 0.5, 0.97]),
+    seed=st.integers(0, 99),
+)
+def test_floats_without_their_zeros_come_back_exactly(
+    dtype, out: int, columns: int, sparsity: float, seed: int
+) -> None:
+    weight, form = random_sparse(out, columns, sparsity, dtype, seed), Sparse(Dense(dtype), sparsity)
+    tensors = form.compress(weight.float())
+    assert {n: (t.dtype, tuple(t.shape)) for n, t in tensors.items()} == form.stored((out, columns))
+    nonzeros = out * columns - round(sparsity * out * columns)
+    assert form.nbytes((out, columns)) == out * -(-columns // 8) + nonzeros * dtype.itemsize + 16
+    assert torch.equal(form.unpack(tensors), weight.float())
+    start, stop = out // 3, out - out // 4
+    read = form.read((out, columns), start, stop, lambda local, part: tensors[local][part])
+    assert torch.equal(read, weight[start:stop].float())
+    assert torch.equal(form.unpack(tensors, slice(start, stop)), weight[start:stop].float())
+
+
+@pytest.mark.parametrize("form", [Sparse(Dense(), 0.5), Sparse(Integer(4, 16), 0.5)], ids=lambda f: f.name)
+def test_bits_and_nonzeros_that_do_not_fit_each_other_are_refused(form: Sparse) -> None:
+    shape = (33, 48)
+    if isinstance(form.inner, Integer):
+        tensors = form.pack(random_codes(form, *shape, 1))
+    else:
+        tensors = form.compress(random_sparse(*shape, 0.5, torch.bfloat16, 1).float())
+    mask, numbers = tensors["weight_mask"], tensors[form.numbers]
+    changes = [
+        {"weight_mask": mask.clone().fill_(255)},
+        {"weight_mask": mask.clone().fill_(0)},
+        {"weight_mask": mask.to(torch.int8)},
+        {"weight_mask": mask[:, :-1]},
+        {"weight_shape": torch.tensor([33, 47])},
+        {"weight_shape": torch.tensor([33, 49])},
+        {"weight_shape": torch.tensor([-33, 48])},
+        {form.numbers: numbers[:-2]},
+        {form.numbers: torch.cat([numbers, numbers])},
+        {form.numbers: numbers.to(torch.int64)},
+    ]
+    for change in changes:
+        with pytest.raises(KernelError, match=form.name):
+            form.unpack({**tensors, **change})
+    narrow = {**tensors, "weight_shape": torch.tensor([33, 45])}
+    with pytest.raises(KernelError, match="behind column 45"):
+        form.unpack(narrow)

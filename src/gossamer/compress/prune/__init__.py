@@ -1,1 +1,2 @@
-"""Pruning: one file per method; `structure.py` chooses what goes, `cut.py` is the model without it."""
+"""Pruning: one file per method; `masks.py` says which weights become zero, `structure.py` what else goes, `cut.py` is
+the model without it."""

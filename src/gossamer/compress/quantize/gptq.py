@@ -139,6 +139,7 @@ def _round_columns(
     columns = weight.shape[1]
     group_size = columns // scale.shape[1]
     work = weight[:, order].T.contiguous()  # [in, out]: a column of the weight is a contiguous row
+    zeros = form.zeros(work)  # repairs pass them by
     scale_t, zero_t = scale.T.contiguous(), zero.T.contiguous()
     codes = torch.empty(columns, weight.shape[0], dtype=form.code_dtype)
     group_of = (order // group_size).tolist()
@@ -150,7 +151,8 @@ def _round_columns(
             if refit is not None and i % group_size == 0:
                 _refit_group(work, form, scale_t, zero_t, i, group_size, refit, importance)
             row = local[i - start]
-            code, value = round_column(row, scale_t[group], zero_t[group], form)
+            kept = row if zeros is None else row.masked_fill(zeros[i], 0.0)
+            code, value = round_column(kept, scale_t[group], zero_t[group], form)
             codes[i] = code
             error = torch.sub(row, value, out=errors[i - start]).div_(factor[i, i])
             local[i - start + 1 :].addr_(factor[i, i + 1 : stop], error, alpha=-1)

@@ -57,10 +57,11 @@ class HQQ(Quantizer):
         No group has a larger sum of |error|^p than on the grid that it begins from (`clip`). Raises CompressionError
         for a format without evenly spaced codes, ShapeMismatch, NumericalError.
         """
-        if not isinstance(form, Integer):
+        grid = form.grid
+        if not isinstance(grid, Integer):
             raise CompressionError(f"hqq moves the grid of integers, {form.name} has none", hint="use the method rtn")
         rows = max(1, WEIGHTS_AT_ONCE // weight.shape[1])
-        return Codes.cat([self._rows(part, form) for part in torch.split(weight, rows)])
+        return Codes.cat([self._rows(part, grid) for part in torch.split(weight, rows)])
 
     def _rows(self, weight: Tensor, form: Integer) -> Codes:
         scale, zero = grid_of(weight, form, self.options.clip)
