@@ -27,7 +27,7 @@ SANITIZED_ENV = GOSSAMER_CPU_MODULE=$$(echo "$(CURDIR)/$(SANITIZED)"/_cpu.*.so) 
   ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test fuzz soak sanitize bench-cpu bench-serve bench-quality lint build clean distclean
+.PHONY: help demo test test-engines fuzz soak sanitize bench-cpu bench-serve bench-quality lint build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -38,7 +38,7 @@ demo: $(STAMP)  ## compress, compare and run a small model on this machine
 	$(BIN)/python benchmarks/demo.py
 
 test: $(STAMP)  ## all tests but those that need a GPU
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu" --ignore=tests/gpu
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu" --ignore=tests/gpu --ignore=tests/engines
 
 # What the extra `fuzz` lists, by name: asking for the extra would build the package once more.
 fuzz: $(STAMP)  ## the readers of both file formats on mutated files; what fails is kept in build/fuzz
@@ -49,6 +49,9 @@ fuzz: $(STAMP)  ## the readers of both file formats on mutated files; what fails
 soak: SECONDS = 3600
 soak: $(STAMP)  ## engine and server under mixed load with aborts; memory, files and KV blocks stay flat
 	$(BIN)/python tests/soak/soak.py $(SECONDS)
+
+test-engines: $(STAMP)  ## SmolLM2 exported to other engines and run there; makes the engines first, an hour
+	$(BIN)/python -m pytest --capture=sys -v tests/engines
 
 sanitize: $(STAMP)  ## kernel and engine tests with checks of every address and of undefined behaviour in C++
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DGOSSAMER_SANITIZE=ON \

@@ -128,6 +128,14 @@ class EngineError(GossamerError):
     pass
 
 
+class ExportError(GossamerError):
+    pass
+
+
+class ProofFailed(ExportError):
+    pass
+
+
 class MeasureError(GossamerError):
     pass
 

@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {"formats", "model"},
     "engine": {"checkpoint", "model", "parallel", "formats", "kernels"},
     "serve": {"engine", "checkpoint"},
-    "export": {"formats", "checkpoint"},
+    "export": {"formats", "checkpoint", "model"},
     "measure": {"engine", "checkpoint", "model"},
     "search": {"compress", "measure"},
     "report": set(),

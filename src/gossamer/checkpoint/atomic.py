@@ -56,6 +56,31 @@ def atomic_folder(out: str | Path, replaced: Path | None = None) -> Iterator[Pat
         os.close(held)
 
 
+@contextlib.contextmanager
+def atomic_file(out: str | Path) -> Iterator[Path]:
+    """A temporary folder beside `out`; if the block succeeds, the files in it take their places beside `out`.
+
+    The one with the name of `out` comes last, so where it is, the others are. Raises OutputExists, DoesNotFit.
+    """
+    out = Path(out)
+    _refuse_existing(out)
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        temporary, held = _locked_sibling(out)
+    try:
+        with disk_errors(out):
+            yield temporary
+            _sync_tree(temporary)
+            _refuse_existing(out)
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == out.name):
+                os.rename(path, out.parent / path.name)
+            sync(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(held)
+
+
 def write_file(path: str | Path, data: bytes) -> None:
     """Replace a file in one step: other processes see the old content or the new, on the disk. Raises DoesNotFit."""
     path = Path(path)

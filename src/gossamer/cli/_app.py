@@ -27,6 +27,7 @@ from .compress import compress
 from .convert import convert
 from .doctor import doctor
 from .eval import eval_
+from .export import export
 from .plan import plan
 from .report import report
 from .run import run
@@ -83,6 +84,7 @@ app.command()(serve)
 app.command()(compress)
 app.command()(plan)
 app.command()(convert)
+app.command()(export)
 app.command("eval")(eval_)
 app.command()(bench)
 app.command("bench serve")(bench_serve)

@@ -1,0 +1,115 @@
+"""The contract of an export: one checkpoint on its way to one target. Knows no file format and no engine.
+
+An `Export` that exists can be written: whatever the target would read wrongly, or not at all, is refused when it is
+made. What it writes is read back by a `Reader`, which is other code than wrote it.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol, TypeAlias
+
+import torch
+
+from ..checkpoint import Checkpoint
+from ..errors import ExportError, UnknownName
+from ..formats import Dense, Format
+
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""progress(label, done, total)."""
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+"""Name of a layout of floats -> dtype."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be asked of an export."""
+
+    layout: str | None = None
+    """One of the target's layouts; None: its own choice, by what is stored."""
+    rounding: bool = False
+    """Weights may be rounded where the target cannot hold them as they are."""
+    llama_cpp: Path | None = None
+    """Folder of llama.cpp's tools; None: they are looked for on PATH."""
+
+
+class Reader(Protocol):
+    """An export as its target reads it."""
+
+    name: str
+    """What reads, with its version."""
+    nbytes: int
+    """Bytes of all tensors."""
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A float32 tensor by its Hugging Face name, in the Hugging Face layout."""
+        ...
+
+
+class Export(abc.ABC):
+    """One checkpoint on its way to one target. Raises ExportError where the target cannot take it."""
+
+    target: ClassVar[str]
+    layouts: ClassVar[tuple[str, ...]]
+    """What `Options.layout` may be; the first is the choice without one."""
+    engine: ClassVar[str | None] = None
+    """Which engine can run it, as `engines.py` names it."""
+    one_file: ClassVar[bool] = False
+    """The output is a file, not a folder."""
+
+    def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
+        self.checkpoint, self.options = checkpoint, options
+        self.layout = (options.layout or self.layouts[0]).lower()
+        if self.layout not in self.layouts:
+            raise UnknownName(f"layout of {self.target}", self.layout, self.layouts)
+        self.rounded: set[str] = set()
+        """Names of tensors that the target holds rounded."""
+
+    @abc.abstractmethod
+    def write(self, path: Path, progress: Progress) -> None:
+        """Write the file or fill the folder."""
+
+    @abc.abstractmethod
+    def reader(self, path: Path) -> Reader:
+        """What was written, ready to be compared."""
+
+    def round_or_refuse(self, name: str, why: str, way_out: str) -> None:
+        """Note that this tensor is rounded if that is allowed. Raises ExportError naming it and the way out."""
+        if not self.options.rounding:
+            form = self.checkpoint.format(name).name
+            raise ExportError(
+                f"{self.target}: {name} ({form}) {why}", hint=f"{way_out}, or let it be rounded: --allow-rounding"
+            )
+        self.rounded.add(name)
+
+
+def is_uniform(checkpoint: Checkpoint) -> bool:
+    """True if all layers have the same shape."""
+    return len(set(checkpoint.config.layers)) == 1
+
+
+def refuse_ragged(checkpoint: Checkpoint, target: str) -> None:
+    """Raises ExportError if layers differ in shape, which almost no other engine can read."""
+    if not is_uniform(checkpoint):
+        raise ExportError(
+            f"{target}: the layers of {checkpoint.name} differ in heads or width, which it cannot read",
+            hint="--to gguf writes them for llama.cpp (architecture deci)",
+        )
+
+
+def holds(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> bool:
+    """True if this dtype holds every value of a tensor as it is."""
+    form = checkpoint.format(name)
+    if isinstance(form, Dense) and dtype in (form.dtype, torch.float32):
+        return True
+    tensor = checkpoint.tensor(name)
+    return torch.equal(tensor.to(dtype).float(), tensor)
+
+
+def linear_formats(checkpoint: Checkpoint) -> dict[str, Format]:
+    """Name -> format of every matrix inside the blocks, in the model's order."""
+    names = (name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2 and ".layers." in name)
+    return {name: checkpoint.format(name) for name in names}

@@ -1,0 +1,89 @@
+"""Other engines, each in a process of its own, answering prompts greedily. Knows no model and no format.
+
+An engine is a Python that has its package (a file of this folder runs there and imports nothing of ours), or
+llama.cpp's server. A worker takes one JSON object on stdin, {"path", "prompts", "tokens"}, and the last line that it
+prints is another, {"version", "tokens"}.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import ExportError
+from . import llama_cpp
+
+PACKAGES = {"transformers": "transformers", "vllm": "vllm", "gptqmodel": "gptqmodel", "openvino": "openvino_genai"}
+"""Engine -> the package that its Python must have."""
+MINUTES = 30.0
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What an engine said to each prompt."""
+
+    engine: str
+    """With its version."""
+    tokens: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that is there."""
+
+    name: str
+    program: str
+    """Its Python, or llama.cpp's server."""
+
+    def answer(self, path: Path, prompts: Sequence[Sequence[int]], tokens: int) -> Answers:
+        """Greedy tokens after each prompt. Raises ExportError with what the engine said if it fails."""
+        if self.name == "llama.cpp":
+            version, answers = llama_cpp.answer(self.program, path, prompts, tokens)
+        else:
+            request = {"path": str(path.resolve()), "prompts": [list(p) for p in prompts], "tokens": tokens}
+            said = _run(self, request)
+            version, answers = said["version"], said["tokens"]
+        return Answers(f"{self.name} {version}", answers)
+
+
+def find(name: str, python: Path | None = None, llama_cpp_folder: Path | None = None) -> Engine | None:
+    """The engine where it is installed: `python`'s environment or ours, llama.cpp's folder or PATH; else None."""
+    if name == "llama.cpp":
+        found = shutil.which("llama-server", path=None if llama_cpp_folder is None else str(llama_cpp_folder))
+        return None if found is None else Engine(name, found)
+    if python is not None:
+        probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({PACKAGES[name]!r}) is None)"
+        if not python.exists() or subprocess.run([python, "-c", probe], check=False).returncode:
+            raise ExportError(f"{python} is no Python that has {PACKAGES[name]}")
+        return Engine(name, str(python))
+    return None if importlib.util.find_spec(PACKAGES[name]) is None else Engine(name, sys.executable)
+
+
+def _run(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
+    script = Path(__file__).with_name(f"{engine.name}_worker.py")
+    environment = {**os.environ, "PYTHONPATH": "", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    try:
+        done = subprocess.run(
+            [engine.program, "-P", str(script)],
+            input=json.dumps(request),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=MINUTES * 60,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ExportError(f"{engine.name} took longer than {MINUTES:.0f} minutes on {request['path']}") from error
+    if done.returncode:
+        said = "\n  ".join(done.stderr.strip().splitlines()[-4:]) or "nothing"
+        raise ExportError(f"{engine.name} cannot run {request['path']}: {said[:2000]}")
+    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return answer
