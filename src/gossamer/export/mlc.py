@@ -91,7 +91,7 @@ class MLCExport(Export):
         super().__init__(checkpoint, options)
         refuse_ragged(checkpoint, self.target)
         config = checkpoint.config
-        if config.family != "llama" or config.activation != "silu" or config.layers[0].attention_bias:
+        if config.family != "llama" or config.activation != "silu" or config.layers[0].biases:
             raise ExportError(f"{self.target}: only llama models with silu and without biases are written")
         if self.layout == "stored":
             self.layout = self._chosen()
