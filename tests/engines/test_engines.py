@@ -8,6 +8,7 @@ Bounds: at least AGREE of the tokens are our favourites, and none is further bel
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -17,14 +18,16 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+from safetensors.torch import save_file
+
 import peers
-from exports import make_artifact, run_export
+from exports import run_export
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.open import packaged_gguf
+from gossamer.checkpoint.save import save_folder
 from gossamer.compress.pipeline import compress
 from gossamer.compress.recipe import parse_recipe
 from gossamer.export.run import Proving
-from gossamer.formats import Codebook, Integer
 
 pytestmark = [
     pytest.mark.slow,
@@ -54,18 +57,22 @@ def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """An artifact of SmolLM2 by bits, group size and zero points, rounded to nearest; made once."""
+    """An artifact of SmolLM2 whose layers are rounded to nearest in a format; made once."""
     folder = tmp_path_factory.mktemp("artifacts")
 
-    def make(bits: int, group_size: int | str = 64, symmetric: bool = True) -> Path:
-        out = folder / f"int{bits}-{group_size}-{symmetric}"
+    def make(**form: Any) -> Path:
+        out = folder / "-".join(str(value) for value in form.values())
         if not out.exists():
-            stage = {"method": "rtn", "bits": bits, "group_size": group_size, "symmetric": symmetric}
-            recipe = parse_recipe({"version": 1, "name": out.name, "stages": [stage]}, "test")
-            compress(open_checkpoint("smollm2"), recipe, out)
+            recipe = {"version": 1, "name": "engines", "stages": [{"method": "rtn", **form}]}
+            compress(open_checkpoint("smollm2"), parse_recipe(recipe, "test"), out)
         return out
 
     return make
+
+
+INT4 = {"bits": 4, "group_size": 64}
+INT4_ASYM = {"bits": 4, "group_size": 32, "symmetric": False}
+INT8 = {"bits": 8, "group_size": "channel"}
 
 
 def check(record: dict[str, Any]) -> None:
@@ -76,55 +83,73 @@ def check(record: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "symmetric"), [(4, 64, True), (4, 32, False), (8, "channel", True)], ids=str
+    "form",
+    [INT4, INT4_ASYM, INT8, {"bits": 5, "group_size": 64}, {"format": "mxfp4"}, {"format": "nvfp4"}],
+    ids=lambda form: "-".join(map(str, form.values())),
 )
-def test_llama_cpp_runs_integers(artifact, llama_cpp, tmp_path, bits, group_size, symmetric) -> None:
-    model = artifact(bits, group_size, symmetric)
-    record = run_export(model, "gguf", tmp_path / "m.gguf", llama_cpp=llama_cpp, proving=Proving())
+def test_llama_cpp_runs_every_type(artifact, llama_cpp, tmp_path, form) -> None:
+    record = run_export(artifact(**form), "gguf", tmp_path / "m.gguf", llama_cpp=llama_cpp, proving=Proving())
     assert record["weights"]["max_abs_error"] == 0.0
     check(record)
 
 
-@pytest.mark.parametrize("layout", ["stored", "f16", "q4_k_m", "q6_k"])
-def test_llama_cpp_runs_the_model_in_other_layouts(llama_cpp, tmp_path, layout) -> None:
+@pytest.mark.parametrize("layout", ["stored", "q4_k_m"])
+def test_llama_cpp_runs_the_model_itself_and_k_quants(llama_cpp, tmp_path, layout) -> None:
     options = {"layout": layout, "llama_cpp": llama_cpp, "rounding": layout != "stored"}
     check(run_export("smollm2", "gguf", tmp_path / "m.gguf", proving=Proving(), **options))
 
 
-@pytest.mark.parametrize("form", [Codebook("mxfp4", 32), Codebook("nvfp4", 16), Integer(5, 32)], ids=lambda f: f.name)
-def test_llama_cpp_runs_other_types_and_layers_that_differ(llama_cpp, tmp_path, form) -> None:
-    """Random weights: their logits lie far apart, but activations rounded to 8 bits move them, so no share is asked."""
-    layers = [{"num_heads": 4, "num_kv_heads": 2, "ffn_width": 192}, {"num_heads": 2, "num_kv_heads": 1}]
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64}
-    for ragged in (None, layers):
-        model = make_artifact(tmp_path / f"m{ragged is None}", form, gossamer_layers=ragged, **sizes)
-        out = tmp_path / f"{ragged is None}.gguf"
-        record = run_export(model, "gguf", out, llama_cpp=llama_cpp, proving=Proving())
-        print(form.name, "deci" if ragged else "llama", record["engine"])
-        assert record["weights"]["max_abs_error"] == 0.0
-        assert record["engine"]["tokens"] == 48
+def test_llama_cpp_runs_layers_that_differ_in_shape(llama_cpp, tmp_path) -> None:
+    """Every third layer loses a key-value head with its query heads, and a third of its width."""
+    record = run_export(cut(tmp_path / "cut"), "gguf", tmp_path / "m.gguf", llama_cpp=llama_cpp, proving=Proving())
+    assert record["weights"]["max_abs_error"] == 0.0
+    check(record)
+
+
+def cut(folder: Path) -> Path:
+    """SmolLM2 with smaller layers between its own, as structured pruning leaves a model."""
+    source = open_checkpoint("smollm2")
+    save_folder(source, folder)
+    tensors, rows = {}, []
+    for name in source.names():
+        tensor, block = source.tensor(name), int(name.split(".")[2]) if ".layers." in name else 0
+        heads, kv_heads, width = (6, 2, 1024) if block % 3 == 1 else (9, 3, 1536)
+        keep = {"q_proj": heads * 64, "k_proj": kv_heads * 64, "v_proj": kv_heads * 64, "gate_proj": width}
+        keep["up_proj"] = width
+        role = name.split(".")[-2]
+        tensor = tensor[: keep.get(role, len(tensor))]
+        if role in ("o_proj", "down_proj"):
+            tensor = tensor[:, : {"o_proj": heads * 64, "down_proj": width}[role]]
+        tensors[name] = tensor.bfloat16().contiguous()
+        if role == "q_proj":
+            rows.append({"num_heads": heads, "num_kv_heads": kv_heads, "ffn_width": width})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "gossamer_layers": rows}))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "gossamer.json").unlink()
+    return folder
 
 
 def test_transformers_runs_compressed_tensors(artifact, tmp_path) -> None:
     proving = Proving(python=python("llmcompressor"))
-    check(run_export(artifact(4), "transformers", tmp_path / "out", proving=proving))
+    check(run_export(artifact(**INT4), "transformers", tmp_path / "out", proving=proving))
 
 
 @pytest.mark.parametrize(("target", "layout"), [("gptq", "gptq"), ("gptq", "gptq_v2"), ("awq", "gemm")])
 def test_gptqmodel_runs_its_layouts(artifact, tmp_path, target, layout) -> None:
     proving = Proving(python=python("gptqmodel"))
-    check(run_export(artifact(4), target, tmp_path / "out", layout=layout, proving=proving))
+    check(run_export(artifact(**INT4), target, tmp_path / "out", layout=layout, proving=proving))
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_openvino_runs_gguf(artifact, tmp_path, bits) -> None:
+@pytest.mark.parametrize("form", [INT4, INT8], ids=["int4", "int8"])
+def test_openvino_runs_gguf(artifact, tmp_path, form) -> None:
     proving = Proving(python=python("openvino"))
-    check(run_export(artifact(bits, 64), "openvino", tmp_path / "m.gguf", proving=proving))
+    check(run_export(artifact(**form), "openvino", tmp_path / "m.gguf", proving=proving))
 
 
 def test_vllm_runs_compressed_tensors(artifact, tmp_path) -> None:
     proving = Proving(python=python("vllm"))
-    check(run_export(artifact(4), "vllm", tmp_path / "out", proving=proving))
+    check(run_export(artifact(**INT4), "vllm", tmp_path / "out", proving=proving))
 
 
 def test_the_judge_is_not_easily_pleased(artifact, llama_cpp, tmp_path, monkeypatch) -> None:
@@ -132,7 +157,7 @@ def test_the_judge_is_not_easily_pleased(artifact, llama_cpp, tmp_path, monkeypa
     from gossamer.errors import ProofFailed
     from gossamer.export import gguf, proof
 
-    model, out = artifact(4), tmp_path / "m.gguf"
+    model, out = artifact(**INT4), tmp_path / "m.gguf"
     monkeypatch.setattr(gguf, "_permuted", lambda rows, heads: rows.contiguous())
     monkeypatch.setattr(proof, "read_back", lambda *_: {})
     monkeypatch.setattr(proof, "ReadBack", lambda checkpoint, reader: checkpoint)

@@ -85,6 +85,13 @@ class Export(abc.ABC):
             )
         self.rounded.add(name)
 
+    def round_as_asked(self, name: str, why: str, way_out: str) -> None:
+        """The same where a layout was asked for: floats are rounded to it without more ado, a second grid is not."""
+        if self.options.layout is not None and isinstance(self.checkpoint.format(name), Dense):
+            self.rounded.add(name)
+        else:
+            self.round_or_refuse(name, why, way_out)
+
 
 def is_uniform(checkpoint: Checkpoint) -> bool:
     """True if all layers have the same shape."""

@@ -15,6 +15,7 @@ import torch
 
 from ..checkpoint import Checkpoint, Entry
 from ..checkpoint.files import read_json
+from ..checkpoint.gguf import GGMLBlocks
 from ..checkpoint.save import entries
 from ..errors import ExportError
 from ..formats import Dense, Kind, only_ours, quantization_config
@@ -34,11 +35,10 @@ class TransformersExport(FolderExport):
 
     def is_packed(self, name: str) -> bool:
         form = self.checkpoint.format(name)
-        if self.layout in FLOATS or len(self.checkpoint.shape(name)) != 2 or isinstance(form, Dense):
+        if self.layout in FLOATS or len(self.checkpoint.shape(name)) != 2 or isinstance(form, Dense | GGMLBlocks):
             return False
         kind: Kind = "embedding" if name == f"{self._family.embed}.weight" else "linear"
-        known = hasattr(form, "bits")  # blocks of a GGUF file are no format of a folder
-        return known and not only_ours({name: form}, {name: kind}) and not self._is_tied_head(name)
+        return not only_ours({name: form}, {name: kind}) and not self._is_tied_head(name)
 
     def packed(self, name: str) -> list[Entry]:
         return entries(self.checkpoint, name)

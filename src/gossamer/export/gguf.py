@@ -53,6 +53,10 @@ K_QUANTS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", 
 ROUNDED = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "BF16": 32, "MXFP4": 38}
 """GGML type of most weights -> general.file_type, which is for show."""
+WAY_OUT = (
+    "recipes whose grids it can say: int4-gptq, int4-rtn, int8-rtn, mxfp4 "
+    "(symmetric integers or mxfp4, groups a multiple of 32)"
+)
 _KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -141,7 +145,7 @@ class GGUFExport(Export):
             return
         kind, data = self._matrix(name, form, role)
         if kind not in self.kinds:
-            self.round_or_refuse(name, f"would be {kind}, which {self.target} does not read", self._way_out())
+            self.round_or_refuse(name, f"would be {kind}, which {self.target} does not read", WAY_OUT)
             kind, data = self._to_be_rounded(name, "Q8_0")
         yield _Placed(key, kind, shape, lambda: _permuted(data(), count))
         if kind == "NVFP4":
@@ -161,7 +165,7 @@ class GGUFExport(Export):
         exact = self._exact_kind(name, form)
         if exact is not None and not (exact == "NVFP4" and role in ("embed", "head")):
             return exact, partial(self._encoded, name, exact)
-        self.round_or_refuse(name, f"is held exactly by no type of GGUF that {self.target} reads", self._way_out())
+        self.round_or_refuse(name, f"is held exactly by no type of GGUF that {self.target} reads", WAY_OUT)
         return self._to_be_rounded(name, self._nearest_kind(form))
 
     def float_kind(self, name: str, form: Dense) -> str:
@@ -171,17 +175,11 @@ class GGUFExport(Export):
     def _as_floats(self, name: str, form: Format) -> tuple[str, Callable[[], Tensor]]:
         if self.layout in K_QUANTS:
             kind = _KINDS[form.dtype] if isinstance(form, Dense) else "F32"
-            if isinstance(form, Dense):
-                self.rounded.add(name)  # which is what the layout asks for
-            else:
-                self.round_or_refuse(name, f"is quantized already, and {self.layout} is another grid", self._way_out())
+            self.round_as_asked(name, f"is quantized already, and {self.layout} is another grid", WAY_OUT)
         else:
             kind = self.layout.upper()
             if not holds(self.checkpoint, name, FLOATS[self.layout]):
-                if isinstance(form, Dense):
-                    self.rounded.add(name)  # which is what the layout asks for
-                else:
-                    self.round_or_refuse(name, f"is not exact in {self.layout}", "--layout f32 or stored keep it")
+                self.round_as_asked(name, f"is not exact in {self.layout}", "--layout f32 or stored keep it")
         return kind, partial(self._floats, name, kind, None)
 
     def _as_integers(self, name: str, form: Format, kind: str) -> tuple[str, Callable[[], Tensor]]:
@@ -192,10 +190,7 @@ class GGUFExport(Export):
             return kind, partial(self._encoded, name, kind)
         if isinstance(form, GGMLBlocks) and form.kind == kind:
             return kind, lambda: self.checkpoint.stored(name)["weight"]
-        if isinstance(form, Dense):
-            self.rounded.add(name)  # which is what the layout asks for
-        else:
-            self.round_or_refuse(name, f"is not exact in {kind}", self._way_out())
+        self.round_as_asked(name, f"is not exact in {kind}", WAY_OUT)
         return self._to_be_rounded(name, kind)
 
     def _exact_kind(self, name: str, form: Format) -> str | None:
@@ -207,12 +202,6 @@ class GGUFExport(Export):
         """The type of integers that a weight of no exact type is rounded to: that of its bits, or 8 bits."""
         bits, symmetric = getattr(form, "bits", 8), getattr(form, "symmetric", True)
         return "Q8_0" if symmetric or bits > 5 else "Q4_1" if bits <= 4 else "Q5_1"
-
-    def _way_out(self) -> str:
-        return (
-            "recipes whose grids it can say: int4-gptq, int4-rtn, int8-rtn, mxfp4 "
-            "(symmetric integers or mxfp4, groups a multiple of 32)"
-        )
 
     def _encoded(self, name: str, kind: str) -> Tensor:
         form, stored = self.checkpoint.format(name), self.checkpoint.stored(name)

@@ -142,19 +142,12 @@ class MLCExport(Export):
     def _check(self, name: str) -> None:
         if not self._quantized(name):
             if not holds(self.checkpoint, name, self.how.dtype):
-                if isinstance(self.checkpoint.format(name), Dense) and self.options.layout is not None:
-                    self.rounded.add(name)  # which is what the layout asks for
-                else:
-                    way_out = "--layout q0f32, q4f16_2 or a recipe with float embedding and head"
-                    self.round_or_refuse(name, f"is not exact in {_NAMES[self.how.dtype]}", way_out)
+                way_out = "--layout q4f32_1 or q0f32, or a recipe with float embedding and head"
+                self.round_as_asked(name, f"is not exact in {_NAMES[self.how.dtype]}", way_out)
             return
         if self._exact_codes(name) is None:
-            form = self.checkpoint.format(name)
-            if isinstance(form, Dense) and self.options.layout is not None:
-                self.rounded.add(name)
-                return
             way_out = "symmetric 4-bit integers in groups of a multiple of 32 are held (int4-rtn, int4-gptq)"
-            self.round_or_refuse(name, f"is not exact in {self.layout}", way_out)
+            self.round_as_asked(name, f"is not exact in {self.layout}", way_out)
 
     def _exact_codes(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Codes from 0 [out, in] and scales [out, groups] of this layout that are the stored weight, or None."""

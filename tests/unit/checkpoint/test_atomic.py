@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gossamer.checkpoint.atomic import Lock, atomic_folder, write_file
+from gossamer.checkpoint.atomic import Lock, atomic_file, atomic_folder, write_file
 from gossamer.errors import DoesNotFit, GossamerError, OutputExists, OutputLocked
 
 
@@ -30,6 +30,20 @@ def test_a_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
     umask = os.umask(0)
     os.umask(umask)
     assert stat.S_IMODE(out.stat().st_mode) == 0o777 & ~umask
+
+
+def test_a_file_appears_with_what_belongs_beside_it(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out.bin"
+    with atomic_file(out) as folder:
+        (folder / "out.bin").write_text("1")
+        (folder / "out.bin.json").write_text("2")
+        assert [p for p in out.parent.iterdir() if not p.name.startswith(".")] == []
+    assert {p.name: p.read_text() for p in out.parent.iterdir()} == {"out.bin": "1", "out.bin.json": "2"}
+    with pytest.raises(OutputExists), atomic_file(out):
+        pass
+    with pytest.raises(RuntimeError), atomic_file(tmp_path / "deep" / "other"):
+        raise RuntimeError("x")
+    assert {p.name for p in out.parent.iterdir()} == {"out.bin", "out.bin.json"}
 
 
 @pytest.mark.parametrize("error", [RuntimeError("x"), KeyboardInterrupt(), GossamerError("x")])
