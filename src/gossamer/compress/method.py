@@ -62,7 +62,8 @@ class Needs(enum.Enum):
     HESSIAN = "hessian"
     """H = X^T X [in, in] over the calibration inputs X [tokens, in] of the layer."""
     GRADIENT = "gradient"
-    """The Hessian, and the mean over the calibration sequences of the loss's squared gradient [out, in]."""
+    """A quantizer: the Hessian, and the mean over the calibration sequences of the loss's squared gradient [out, in].
+    A reducer: the tokens, and room for gradients."""
     BLOCK = "block"
     """A block with its inputs, and the outputs that the original has in its place."""
     MODEL = "model"

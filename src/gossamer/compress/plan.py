@@ -83,6 +83,8 @@ def make_plan(config: ModelConfig, recipe: Recipe, dense: torch.dtype, sampling_
             scratch += made.output_bytes  # it lies on disk until the end
         if isinstance(part.main, Reducer):
             phases[part.main.name] = BASE_BYTES + part.main.peak_bytes(config, text.sequences, text.length)
+            if part.main.needs is Needs.GRADIENT:
+                phases["gradients"] = _gradient_peak(config, text)
             config = part.main.expect(config)
         made = plan_part(config, {} if made is None else made.formats, part, text, dense)
         phases |= {name: max(peak, phases.get(name, 0)) for name, peak in made.phases.items()}

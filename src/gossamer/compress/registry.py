@@ -13,6 +13,7 @@ from .prune.flap import FLAP
 from .prune.magnitude import Magnitude
 from .prune.sparsegpt import SparseGPT
 from .prune.wanda import Wanda
+from .prune.llm_pruner import LLMPruner
 from .prune.wanda_sp import WandaSP
 from .quantize.awq import AWQ
 from .quantize.efficientqat import EfficientQAT
@@ -36,6 +37,7 @@ _ROWS: tuple[type[Method], ...] = (
     SparseGPT,
     WandaSP,
     FLAP,
+    LLMPruner,
     Depth,
     SVD,
     ASVD,

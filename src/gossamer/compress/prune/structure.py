@@ -120,12 +120,12 @@ def keep_evenly(heads: Sequence[Piece], channels: Sequence[Piece], target: int, 
     return [*heads[:h], *channels[: nearest(h)]]
 
 
-def even_widths(layer: LayerConfig, hidden: int, options: StructureOptions) -> LayerConfig:
+def even_widths(layer: LayerConfig, hidden: int, options: StructureOptions, ratio: float) -> LayerConfig:
     """The layer as `keep_evenly` leaves it, whatever the scores are."""
     kept = keep_evenly(
         head_pieces(0, layer, hidden, torch.zeros(layer.num_heads), options.heads),
         channel_pieces(0, layer, hidden, torch.zeros(layer.ffn_width), options.multiple),
-        share(layer, hidden, options.ratio),
+        share(layer, hidden, ratio),
         hidden if options.uniform else 0,
     )
     heads = [n for piece in kept if piece.part == "heads" for n in piece.members] or range(layer.num_heads)
@@ -139,7 +139,7 @@ def expected(config: ModelConfig, options: StructureOptions, even: bool) -> Mode
 
     Others can end at any multiple: here at an odd one, so that what divides only some is refused before any work.
     """
-    layers = [even_widths(layer, config.hidden_size, options) for layer in config.layers]
+    layers = [even_widths(layer, config.hidden_size, options, options.ratio) for layer in config.layers]
     if not even:
         step = options.multiple
         layers = [
