@@ -230,23 +230,32 @@ class _Maker:
         for i in range(max(todo) + 1):
             done = i not in todo
             self.progress("catching up with finished blocks" if done else "compressing blocks", i, count)
+            given = target.clone() if method.teacher_inputs and not done else None
             for j in teacher.blocks(i):
                 with torch.no_grad():
                     advance(teacher.source.block(j), target, rotation)
             if not done:
-                self._learn_block(method, i, self.source.block(i), x, target, rotation)
+                self._learn_block(method, i, self.source.block(i), x, target, rotation, given)
             with torch.no_grad():
                 advance(self.units.finished_block(i), x, rotation)
         self.progress("compressing blocks", count, count)
 
     def _learn_block(
-        self, method: BlockMethod, i: int, block: Block, x: Tensor, target: Tensor, rotation: Rotation
+        self,
+        method: BlockMethod,
+        i: int,
+        block: Block,
+        x: Tensor,
+        target: Tensor,
+        rotation: Rotation,
+        teacher_x: Tensor | None,
     ) -> None:
         names = {role: self.family.module(role, i) for role in self.config.layers[i].linear_shapes(1)}
         for role, name in names.items():
             _check_finite(f"{name}.weight", getattr(block, role).weight)
         forms = {role: self.units.form(name) for role, name in names.items()}
-        view = BlockView(block, x, target, rotation, forms, names, self.seed)
+        given = lambda role: self.source.checkpoint.stored(f"{names[role]}.weight")  # noqa: E731
+        view = BlockView(block, x, target, rotation, forms, names, self.seed, teacher_x, given)
         with torch.enable_grad():
             _naming([f"block {i}"], partial(method.compress, view))
         missing = [names[role] for role in names if role not in view.decided and role not in view.stored]

@@ -5,13 +5,13 @@ Knows blocks, activations and codes; knows no file, recipe or method.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CompressionError, NumericalError, UnknownName
-from ..formats import Codes, Format
+from ..formats import Codes, Dense, Format
 from ..formats.base import check_tensors
 from ..model.decoder import Block, Rotation
 from .walk import hessian, slices
@@ -36,6 +36,8 @@ class BlockView:
         forms: Mapping[str, Format],
         names: Mapping[str, str],
         seed: int = 0,
+        teacher_x: Tensor | None = None,
+        given: Callable[[str], dict[str, Tensor]] | None = None,
     ) -> None:
         self.block = block
         """In float32, on the CPU; its parameters require no gradient until a method says so."""
@@ -43,6 +45,8 @@ class BlockView:
         """[sequences, time, hidden] inputs of the block as the compressed model gives them; not to be changed."""
         self.target = target
         """[sequences, time, hidden] what the original block gives on the original inputs; not to be changed."""
+        self.teacher_x = teacher_x
+        """[sequences, time, hidden] what the original's own blocks are given here, if the method asks for it."""
         self.rotation = rotation
         """Rotary factors for [batch, time]: any batch."""
         self.decided: dict[str, Codes] = {}
@@ -51,7 +55,7 @@ class BlockView:
         """Role -> stored tensors, of the layers that are decided by `store`."""
         self.generator = torch.Generator().manual_seed((seed * 1_000_003 + block.index) % 2**63)
         """For whatever a method draws: a block gets the same numbers in a run that was resumed."""
-        self._forms, self._names = forms, names
+        self._forms, self._names, self._given = forms, names, given
         self._zeros = {role: form.zeros(getattr(block, role).weight) for role, form in forms.items()}
 
     @property
@@ -78,6 +82,13 @@ class BlockView:
         """Module name of a linear layer, for errors."""
         self._known(role)
         return self._names[role]
+
+    def given(self, role: str) -> dict[str, Tensor]:
+        """Stored tensors of a linear layer as the part of the recipe was given them."""
+        self._known(role)
+        if self._given is not None and not isinstance(self._forms[role], Dense):
+            return self._given(role)
+        return {"weight": getattr(self.block, role).weight.detach().clone()}
 
     def put(self, role: str, codes: Codes) -> None:
         """Decide a linear layer: its float weight in the block becomes `codes.dequantize()`.

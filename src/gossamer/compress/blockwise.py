@@ -26,6 +26,8 @@ from .quantize.grid import grid_of, quantize
 from .tunedlinear import CELL
 from .walk import TOKENS_AT_ONCE
 
+LEAST_JUDGES, JUDGED_SHARE = 2, 1 / 16
+"""Calibration sequences that are kept back to judge by, where there are at least eight."""
 Weights = Callable[[], Mapping[str, Tensor]]
 """Parameter names of a block (`q.weight`, `attn_norm.weight`) -> what stands in their place, with gradients."""
 
@@ -210,6 +212,13 @@ def _relative_error(y: Tensor, target: Tensor) -> Tensor:
     """[sequences, time]"""
     size = target.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
     return (y - target).square().sum(-1) / size
+
+
+def parted(count: int) -> tuple[Tensor, Tensor]:
+    """Indices of sequences to train on, and of those to judge by: of fewer than eight, all are both."""
+    every = torch.arange(count)
+    judges = max(LEAST_JUDGES, int(count * JUDGED_SHARE))
+    return (every[:-judges], every[-judges:]) if count >= 8 else (every, every)
 
 
 def batches_of(count: int, size: int, steps: int, generator: torch.Generator) -> Sequence[Tensor]:

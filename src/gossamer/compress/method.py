@@ -299,6 +299,11 @@ class BlockMethod(WeightMethod):
 
     needs = Needs.BLOCK
 
+    @property
+    def teacher_inputs(self) -> bool:
+        """True if it asks for `view.teacher_x`: another stream beside x and target, which the plan adds."""
+        return False
+
     @abc.abstractmethod
     def compress(self, view: BlockView) -> None:
         """Decide every linear layer of `view.block`; see BlockView for what else it may change."""

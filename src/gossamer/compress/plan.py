@@ -225,7 +225,7 @@ def _peak(config: ModelConfig, method: WeightMethod, text: CalibrationSpec, pack
     for i in range(config.num_layers):
         if isinstance(method, BlockMethod):
             learned = method.peak_bytes(config, i, text.sequences, text.length)
-            streams = 2 * 4 * text.sequences * text.length * config.hidden_size
+            streams = (2 + method.teacher_inputs) * 4 * text.sequences * text.length * config.hidden_size
             peak = max(peak, streams + 4 * _block_parameters(config, i) + max(learned, _step_bytes(config, i, text)))
         else:
             shapes = config.layers[i].linear_shapes(config.hidden_size).values()

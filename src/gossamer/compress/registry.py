@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ..errors import UnknownName
+from .distill.local import RecoverLocal
+from .distill.whole import Distill
 from .factorize.asvd import ASVD
 from .factorize.svd import SVD
 from .factorize.svd_llm import SVDLLM
@@ -26,6 +28,7 @@ from .quantize.rtn import RTN
 from .quantize.signround import SignRound
 from .quantize.smoothquant import SmoothQuant
 from .quantize.squeezellm import SqueezeLLM
+from .tune.lora import LoRA
 from .tune.qat import QAT
 from .tune.qlora import QLoRA
 from .tune.scales import Scales
@@ -53,9 +56,12 @@ _ROWS: tuple[type[Method], ...] = (
     OmniQuant,
     SignRound,
     EfficientQAT,
+    RecoverLocal,
     Scales,
     QAT,
     QLoRA,
+    LoRA,
+    Distill,
 )
 METHODS: dict[str, type[Method]] = {m.name: m for m in _ROWS}
 

@@ -6,6 +6,7 @@ Knows one weight and its format; knows no model.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +15,18 @@ from torch import Tensor, nn
 from ..errors import CompressionError, NumericalError
 from ..formats import Codes, Format, Integer
 from .fakequant import codes_of_steps, round_steps, stored_grid, straight_through
+from .floatweight import FloatWeight
 
 CELL = 0.49
 """How far from its code, in steps, a weight may start: just inside of what rounds to it."""
 
 
 class TunedLinear(nn.Module):
-    """x [.., in] -> [.., out], by codes or by a float weight that stays as it is."""
+    """x [.., in] -> [.., out], by codes, by stored floats, or by a float weight that stays as it is."""
 
-    def __init__(self, name: str, form: Format | None, weight: Codes | Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, name: str, form: Format | None, weight: Codes | FloatWeight | Tensor, bias: Tensor | None
+    ) -> None:
         super().__init__()
         self.name = name
         self.form = form
@@ -35,8 +39,12 @@ class TunedLinear(nn.Module):
         self.levels: nn.Parameter | None = None
         self.latent: nn.Parameter | None = None
         """[out, in] the weights behind the codes in units of their scale, if they are trained."""
+        self.stored_floats: FloatWeight | None = None
         if isinstance(weight, Tensor):
             self._dense: Tensor | None = weight
+            return
+        if isinstance(weight, FloatWeight):
+            self._dense, self.stored_floats = None, weight
             return
         self._dense, self._codes = None, weight
         if weight.levels is not None and weight.levels.ndim == 2:  # a row's own levels are what is stored, not a scale
@@ -59,6 +67,8 @@ class TunedLinear(nn.Module):
         """The float32 weight [out, in] as it would be stored now, differentiable by what is trainable."""
         if self._dense is not None:
             return self._dense
+        if self.stored_floats is not None:
+            return cast(Tensor, self.stored_floats())
         if self.latent is not None:
             weight = self._rounded(self.latent)
         elif self.levels is not None:
@@ -85,7 +95,7 @@ class TunedLinear(nn.Module):
         A weight begins where it rounds to its code, as near to where it was as that allows. On a codebook, whose cells
         are of many sizes, one outside of its cell begins at what its code stands for.
         """
-        if self.form is None or self.levels is not None:
+        if self.form is None or self.levels is not None or self.stored_floats is not None:
             raise CompressionError(f"{self.name}: weights of a model in training can only be rounded to a scaled grid")
         start = self._steps(self._codes.codes).clone()
         if weight is not None:
@@ -96,6 +106,13 @@ class TunedLinear(nn.Module):
                 stays = self._codes_behind(wanted.flatten(1)) == self._codes.codes
                 start = torch.where(stays.view_as(start), wanted, start)
         self.latent = nn.Parameter(start.flatten(1), requires_grad=False)
+
+    def stored(self) -> dict[str, Tensor]:
+        """Tensors to be stored now, by their local names. Raises NumericalError if the weight is not finite."""
+        if self.stored_floats is not None:
+            return self.stored_floats.stored()
+        assert self.form is not None
+        return self.form.pack(self.codes())
 
     @torch.no_grad()
     def codes(self) -> Codes:

@@ -1,7 +1,7 @@
-"""The compressed model with trainable scales, as a Tuner sees it, and the original's logits beside it.
+"""The compressed model, as a Tuner sees it, and the original's logits beside it.
 
-Weights are computed from their codes in every forward pass, so gradients reach scales (and zero points, norms, or the
-weights behind the codes).
+Weights are computed from what is stored in every forward pass, so gradients reach scales (and zero points, norms, or
+the weights behind the codes) or, where a weight is stored in float, its numbers.
 Knows codes, blocks and logits; knows no recipe and no loss.
 """
 
@@ -20,6 +20,7 @@ from ..errors import CompressionError, NumericalError
 from ..formats import Dense, Format
 from ..model.decoder import Block, Rotation, softcap
 from ..model.families import LINEARS
+from .floatweight import FloatWeight
 from .tunedlinear import TunedLinear
 from .walk import advance
 
@@ -112,6 +113,8 @@ class TunedModel(nn.Module):
         ends: bool = False,
         latent: Literal["codes", "weights"] | None = None,
         latent_ends: bool = False,
+        floats: bool = False,
+        biases: bool = False,
     ) -> dict[str, nn.Parameter]:
         """Make parameters trainable, and give them by name.
 
@@ -119,7 +122,8 @@ class TunedModel(nn.Module):
         weights; `ends`: scales of a packed embedding and head as well. `latent`: the weights themselves, which are
         rounded in every forward pass (straight-through estimator, LSQ's gradient for scales: arXiv 1902.08153), begun
         at what the codes stand for, or at the original weights, which must not have been folded. `latent_ends`: those
-        of a packed embedding and head, too.
+        of a packed embedding and head, too. `floats`: the numbers of linear layers that are stored in float, such as
+        dense ones; `biases`: those of the blocks' linear layers.
         """
         layers = list(self.linears().items())
         for name, layer in self._packed() if latent_ends else layers:
@@ -133,6 +137,11 @@ class TunedModel(nn.Module):
         for layer in self.latents().values():
             assert layer.latent is not None
             layer.latent.requires_grad_()
+        for layer in self.linears().values():
+            if floats and layer.stored_floats is not None:
+                layer.stored_floats.begin()
+            if biases and layer.bias is not None:
+                layer.bias.requires_grad_()
         for name, parameter in self.named_parameters():
             if norms and name.endswith("norm.weight") and not name.startswith("entrance."):
                 parameter.requires_grad_()
@@ -184,14 +193,18 @@ class TunedModel(nn.Module):
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that tuning may have changed, as the output stores it. Raises NumericalError."""
         for name, layer in self._packed():
-            assert layer.form is not None
-            for local, tensor in layer.form.pack(layer.codes()).items():
+            for local, tensor in layer.stored().items():
                 yield f"{name}.{local}", tensor
+            if layer.bias is not None:
+                yield f"{name}.bias", self._finite(f"{name}.bias", layer.bias)
         for name, norm in self._norms():
-            weight = cast(Tensor, norm.weight).detach()
-            if not torch.isfinite(weight).all():
-                raise NumericalError(f"{name} is not finite after training", hint="take a lower learning rate")
-            yield f"{name}.weight", weight.to(self._source.checkpoint.dtype)
+            yield f"{name}.weight", self._finite(name, cast(Tensor, norm.weight))
+
+    def _finite(self, name: str, parameter: Tensor) -> Tensor:
+        """A norm or bias as it is stored."""
+        if not torch.isfinite(parameter).all():
+            raise NumericalError(f"{name} is not finite after training", hint="take a lower learning rate")
+        return parameter.detach().to(self._source.checkpoint.dtype)
 
     def _packed(self) -> Iterator[tuple[str, TunedLinear]]:
         family = self._source.family
@@ -217,8 +230,16 @@ class TunedModel(nn.Module):
     def _linear(
         self, files: Mapping[str, SafetensorsFile], module: str, form: Format, bias: Tensor | None
     ) -> TunedLinear:
-        stored = self._units.stored(files, module)
-        return TunedLinear(module, form, form.codes(stored), bias)
+        stored = self._units.stored(files, module) or self._given(module, form)
+        weight = FloatWeight(module, form, stored) if form.in_float else form.codes(stored)
+        return TunedLinear(module, form, weight, bias)
+
+    def _given(self, module: str, form: Format) -> dict[str, Tensor]:
+        """Stored tensors of a layer that no stage of this part has touched."""
+        name = f"{module}.weight"
+        if isinstance(form, Dense):
+            return {"weight": self._source.checkpoint.tensor(name, dtype=form.dtype)}
+        return self._source.checkpoint.stored(name)
 
     def _block(self, files: Mapping[str, SafetensorsFile], i: int) -> Block:
         with torch.device("meta"):

@@ -44,6 +44,11 @@ class Format(abc.ABC):
     """Stored tensors that belong to no row."""
 
     @property
+    def in_float(self) -> Format | None:
+        """The same form with its numbers in float32, whose `unpack` passes gradients to them; None if it has codes."""
+        return None
+
+    @property
     @abc.abstractmethod
     def name(self) -> str:
         """Short and exact, such as `bf16`, `int4-g64`, `int8-channel-asym`, `nf4-g64-dq`."""

@@ -24,6 +24,10 @@ class Dense(Format):
     def name(self) -> str:
         return FLOAT_NAMES[self.dtype]
 
+    @property
+    def in_float(self) -> Dense:
+        return Dense(torch.float32)
+
     def stored(self, shape: tuple[int, ...]) -> Stored:
         return {"weight": (self.dtype, shape)}
 

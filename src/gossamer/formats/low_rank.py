@@ -50,6 +50,10 @@ class LowRank(Format):
     def name(self) -> str:
         return f"rank{self.rank}-{self.inner.name}"
 
+    @property
+    def in_float(self) -> LowRank | None:
+        return None if self.inner.in_float is None else LowRank(self.rank, self.inner.in_float)
+
     def side(self, side: Side) -> Format:
         """The format of a factor. Groups of U that do not divide the rank are as long as both allow."""
         size = self.inner.group_size

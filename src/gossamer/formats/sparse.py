@@ -55,6 +55,10 @@ class Sparse(Format):
         return f"{self.inner.name}-sparse{round(100 * self.sparsity)}"
 
     @property
+    def in_float(self) -> Sparse | None:
+        return replace(self, inner=self.inner.in_float) if isinstance(self.inner, Dense) else None
+
+    @property
     def grid(self) -> Format:
         return self.inner
 

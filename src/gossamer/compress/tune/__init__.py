@@ -8,24 +8,22 @@ arXiv 2305.17888). Knows a TunedModel and parameters; knows no method's choice o
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...formats import Codebook, Format, Integer
 from ...model import ModelConfig
-from ..blockwise import batches_of, cosine
+from ..blockwise import batches_of, cosine, parted
 from ..method import Options, Tuner, block_weights
 from ..tunedlinear import TunedLinear
 from ..tuning import TunedModel
 
-LEAST_JUDGES, JUDGED_SHARE = 2, 1 / 16
-"""Calibration sequences that are kept back to judge by, where there are at least eight."""
 WARM_UP = 3
 """Steps in which learning rates rise: Adam's first ones know little of the gradient's size."""
 
@@ -47,6 +45,10 @@ class TuneOptions(Options):
     recompute: bool = Field(
         default=True, description="compute blocks again in the backward pass: a third slower, one block in memory"
     )
+    patience: int | None = Field(
+        default=None, ge=1, description="looks in a row at the sequences kept back without a gain that end the training"
+    )
+    check_every: int = Field(default=16, ge=1, description="steps between two such looks, if there is a patience")
     norms: bool = Field(default=True, description="train norm weights too")
     norm_rate: float = Field(default=5e-4, ge=0, description="learning rate of norm weights")
 
@@ -71,17 +73,18 @@ class ModelTuner(Tuner):
 def groups_of(model: TunedModel, **rates: float) -> list[dict[str, Any]]:
     """Parameter groups of all that is trainable, with a learning `rate` by the last part of its name.
 
-    Rates of `scale` and `levels` are relative to the mean size of the layer's own, those of `latent` (the weights
-    behind the codes) count in mean steps of its grid, so that one number serves all layers; all others are taken as
-    they are.
+    Rates of `scale`, `levels` and `floats` (of a weight that is stored in float) are relative to the mean size of the
+    layer's own, those of `latent` (the weights behind the codes) count in mean steps of its grid, so that one number
+    serves all layers; all others are taken as they are.
     """
     layers, groups = dict(model.named_modules()), []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         path, _, kind = name.rpartition(".")
+        kind = "floats" if path.endswith("stored_floats.floats") else kind
         rate = rates[kind]
-        if kind in ("scale", "levels"):
+        if kind in ("scale", "levels", "floats"):
             rate *= float(parameter.detach().abs().mean())
         elif kind == "latent":
             rate *= step_of(cast(TunedLinear, layers[path]).form)
@@ -105,30 +108,72 @@ class Tuned:
     steps: int
 
 
-def distill(model: TunedModel, groups: Sequence[dict[str, Any]], options: TuneOptions) -> Tuned:
+Objective = Callable[[TunedModel, Tensor, Tensor], Tensor]
+"""(model, tokens [sequences, time], positions) -> the loss of a step."""
+
+
+def distill(
+    model: TunedModel, groups: Sequence[dict[str, Any]], options: TuneOptions, objective: Objective | None = None
+) -> Tuned:
     """Train parameter groups, each with its learning `rate`; a killed training goes on where it was saved.
 
     The parameters are left at the better of start and end by sequences that were not trained on (unless there are
-    fewer than eight): a training that diverges changes nothing.
+    fewer than eight), or at the best that was seen if the options have a patience: a training that diverges changes
+    nothing. Without an `objective`, the loss is the KL divergence from the original.
     """
     groups = [group for group in groups if group["params"] and group["rate"]]
     model.recompute = options.recompute
-    training, judging = _parted(model.tokens)
+    training, judging = (model.tokens[rows] for rows in parted(len(model.tokens)))
     plan = list(_steps(model, training, options))
     before = divergence(model, judging)
     if not groups or not plan:
         return Tuned(before, before, 0)
-    start = [p.detach().clone() for group in groups for p in group["params"]]
+    best = _Best(model, judging, [p for group in groups for p in group["params"]], before)
     optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-12, fused=True)
-    first, _ = model.restore(optimizer)
-    taken = _train(model, optimizer, plan, first, options)
-    after = divergence(model, judging)
-    if not after < before:  # NaN is not
-        with torch.no_grad():
-            for p, kept in zip((p for group in groups for p in group["params"]), start, strict=True):
-                p.copy_(kept)
-        after = before
-    return Tuned(before, after, taken)
+    first, extra = model.restore(optimizer)
+    best.restore(extra)
+    taken = _train(model, optimizer, plan, first, options, best, objective or response)
+    best.look()
+    best.take()
+    return Tuned(before, best.value, taken)
+
+
+class _Best:
+    """The parameters of least divergence on the judging sequences so far; the start is one of the contestants."""
+
+    def __init__(self, model: TunedModel, judging: Tensor, parameters: list[nn.Parameter], value: float) -> None:
+        self._model, self._judging, self._parameters = model, judging, parameters
+        self._kept = self._copy()
+        self.value = self._before = value
+        self.waited = 0
+
+    def look(self) -> None:
+        """Judge the parameters as they stand."""
+        value = divergence(self._model, self._judging)
+        self.waited += 1
+        if value < self.value:  # NaN is not
+            self._kept, self.value, self.waited = self._copy(), value, 0
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Leave the parameters at their best."""
+        for p, kept in zip(self._parameters, self._kept, strict=True):
+            p.copy_(kept)
+
+    def extra(self) -> dict[str, Tensor]:
+        """What a training that goes on gives to `restore`; the start need not be saved, since it begins there again."""
+        state = {"best.value": torch.tensor(self.value, dtype=torch.float64), "best.waited": torch.tensor(self.waited)}
+        kept = self._kept if self.value < self._before else []
+        return state | {f"best.{i}": tensor for i, tensor in enumerate(kept)}
+
+    def restore(self, extra: Mapping[str, Tensor]) -> None:
+        """Know again what was best when a training was saved."""
+        if extra:
+            self.value, self.waited = float(extra["best.value"]), int(extra["best.waited"])
+            self._kept = [extra.get(f"best.{i}", kept) for i, kept in enumerate(self._kept)]
+
+    def _copy(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self._parameters]
 
 
 def _train(
@@ -137,6 +182,8 @@ def _train(
     plan: Sequence[tuple[Tensor, Tensor]],
     first: int,
     options: TuneOptions,
+    best: _Best,
+    objective: Objective,
 ) -> int:
     """Take the planned steps from `first` on; returns how many are taken in all."""
     began = time.monotonic()
@@ -144,28 +191,33 @@ def _train(
         done = step / len(plan)
         if options.seconds is not None:
             done = max(done, (time.monotonic() - began) / options.seconds)
-            if done >= 1:
-                return step
+        if done >= 1 or (options.patience is not None and best.waited >= options.patience):
+            return step
         model.progress("tuning", step, len(plan))
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * cosine(done) * min(1.0, (step + 1) / WARM_UP)
-        tokens, positions = plan[step]
         with torch.enable_grad():
-            loss = kl_divergence(*_logits(model, tokens, positions)).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            objective(model, *plan[step]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if options.patience is not None and (step + 1) % options.check_every == 0:
+            best.look()
         if (step + 1) % options.save_every == 0 and step + 1 < len(plan):
-            model.save(step + 1, optimizer)
+            model.save(step + 1, optimizer, best.extra())
     model.progress("tuning", len(plan), len(plan))
     return len(plan)
+
+
+def response(model: TunedModel, tokens: Tensor, positions: Tensor) -> Tensor:
+    """Mean KL divergence from the original at these positions."""
+    return kl_divergence(*logits_of(model, tokens, positions)).mean()
 
 
 @torch.no_grad()
 def divergence(model: TunedModel, tokens: Tensor) -> float:
     """Mean KL divergence of the model from the original over all positions of tokens [sequences, time]."""
     everywhere = torch.arange(tokens.shape[1])
-    found = [kl_divergence(*_logits(model, row.unsqueeze(0), everywhere)).mean() for row in tokens]
+    found = [kl_divergence(*logits_of(model, row.unsqueeze(0), everywhere)).mean() for row in tokens]
     return float(torch.stack(found).mean())
 
 
@@ -175,17 +227,11 @@ def kl_divergence(original: Tensor, model: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1)
 
 
-def _logits(model: TunedModel, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def logits_of(model: TunedModel, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Logits [sequences, positions, vocabulary] of the original and of the model."""
     with torch.no_grad():
         original = model.teacher_logits(tokens, positions)
     return original, model.logits(model.hidden(tokens)[:, positions])
-
-
-def _parted(tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Sequences to train on, and those to judge by."""
-    judges = max(LEAST_JUDGES, int(len(tokens) * JUDGED_SHARE))
-    return (tokens[:-judges], tokens[-judges:]) if len(tokens) >= 8 else (tokens, tokens)
 
 
 def _steps(model: TunedModel, tokens: Tensor, options: TuneOptions) -> Iterator[tuple[Tensor, Tensor]]:

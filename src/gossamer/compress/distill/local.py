@@ -1,0 +1,240 @@
+"""Local distillation: each block of a smaller model learns to give what the original has in its place.
+
+One block at a time is trained, in float32, with every weight, norm and bias of it: no gradient passes from block to
+block (Blakeney et al., arXiv 2012.03096). A block that others were removed behind learns their part too. Training may
+begin at the least-squares `down` (He et al., arXiv 1707.06168), which makes up for lost channels at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ...errors import CompressionError, NumericalError
+from ...formats import Dense, Format
+from ...model import ModelConfig
+from ..blockview import BlockView
+from ..blockwise import batches_of, cosine, parted
+from ..floatweight import FloatWeight
+from ..grids import linear_shapes
+from ..method import BlockMethod, Options, StageMethod
+from ..walk import TOKENS_AT_ONCE
+from .losses import cosine_distance, relative_error
+
+DAMPINGS = (0.03, 0.3, 3.0)
+"""Tried for least squares: a weight solved from few tokens fits them too well without any."""
+
+
+class LocalOptions(Options):
+    tokens: int = Field(
+        default=131_072, ge=0, description="that each block is trained on, one that comes again counted again"
+    )
+    batch_size: int = Field(default=1, ge=1, le=1024, description="calibration sequences in a step")
+    seconds: float | None = Field(
+        default=None, gt=0, description="ends a block's training early; the result then depends on the machine's speed"
+    )
+    inputs: Literal["student", "teacher", "mixed"] = Field(
+        default="student",
+        description="what a block is given: the stream of the smaller model, whose errors it can then make up for, the "
+        "original's, or for each sequence one of both",
+    )
+    cosine: float = Field(
+        default=0.0, ge=0, description="weight of 1 - cos(output, target), added to the relative squared error"
+    )
+    least_squares: bool = Field(
+        default=True, description="begin with the `down` of least error, where it is dense and no norm is behind it"
+    )
+    learning_rate: float = Field(default=2e-3, ge=0, description="of weights, relative to their mean size in a layer")
+    norm_rate: float = Field(default=5e-4, ge=0, description="of norm weights and biases")
+    check_every: int = Field(default=16, ge=1, description="steps between two looks at the sequences kept back")
+    patience: int = Field(default=4, ge=1, description="looks in a row without a gain that end a block's training")
+
+
+class RecoverLocal(StageMethod, BlockMethod):
+    """Trains each block, in whatever float form its weights have, on the outputs of the original's."""
+
+    family = "distill"
+    name = "recover-local"
+    Options = LocalOptions
+    options: LocalOptions
+
+    @property
+    def teacher_inputs(self) -> bool:
+        return self.options.inputs != "student"
+
+    def formats(self, config: ModelConfig, before: Mapping[str, Format]) -> dict[str, Format]:
+        """As they were. Raises CompressionError for a weight that is not stored in float."""
+        for module in linear_shapes(config):
+            if before[module].in_float is None:
+                raise CompressionError(f"{self.name} trains float weights, but {module} is {before[module].name}")
+        return {module: before[module] for module in linear_shapes(config)}
+
+    def compress(self, view: BlockView) -> None:
+        """Train a block and store it. Raises NumericalError if its inputs or targets are not finite."""
+        student = Student(view)
+        training, judging = parted(len(view.x))
+        if self.options.least_squares:
+            student.solve_down(training, judging)
+        student.begin()
+        self._train(student, training, judging)
+        student.finish()
+
+    def peak_bytes(self, config: ModelConfig, index: int, sequences: int, length: int) -> int:
+        """Memory of Adam over every weight of block `index`, the best so far, and the activations of a step."""
+        layer = config.layers[index]
+        weights = sum(rows * columns for rows, columns in layer.linear_shapes(config.hidden_size).values())
+        square = 3 * 4 * layer.ffn_width**2 if self.options.least_squares else 0
+        step = min(self.options.batch_size, sequences) * length
+        return super().peak_bytes(config, index, sequences, step) + 4 * weights + square
+
+    def _train(self, student: Student, training: Tensor, judging: Tensor) -> None:
+        """Leaves the parameters at their best by the sequences kept back, the start being one of the contestants."""
+        o = self.options
+        steps = o.tokens // (min(o.batch_size, len(training)) * student.view.x.shape[1])
+        optimizer = torch.optim.Adam(student.groups(o), lr=0.0, betas=(0.9, 0.95), fused=True)
+        best, error, waited, began = student.copy(), student.error(judging), 0, time.monotonic()
+        for step, batch in enumerate(batches_of(len(training), o.batch_size, steps, student.view.generator)):
+            done = step / steps
+            if o.seconds is not None:
+                done = max(done, (time.monotonic() - began) / o.seconds)
+            if done >= 1 or waited >= o.patience:
+                break
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * cosine(done)
+            student.loss(training[batch], o).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if (step + 1) % o.check_every == 0:
+                found = student.error(judging)
+                waited = 0 if found < error else waited + 1  # NaN is not
+                if not waited:
+                    best, error = student.copy(), found
+        if not student.error(judging) <= error:
+            student.take(best)
+
+
+class Student:
+    """A block in training: its float parameters, and its outputs and errors with them."""
+
+    def __init__(self, view: BlockView) -> None:
+        self.view = view
+        self.weights = {role: FloatWeight(view.name(role), view.form(role), view.given(role)) for role in view.roles}
+        self.parameters: dict[str, nn.Parameter] = {}
+        """Norm weights and biases by their names in the block."""
+
+    def begin(self) -> None:
+        """Make everything trainable."""
+        for weight in self.weights.values():
+            weight.begin()
+        linear = {f"{role}.weight" for role in self.weights}
+        for name, parameter in self.view.block.named_parameters():
+            if name not in linear:
+                self.parameters[name] = nn.Parameter(parameter.detach().clone())
+
+    def groups(self, options: LocalOptions) -> list[dict[str, object]]:
+        """Parameter groups for Adam, each with its learning `rate`."""
+        groups: list[dict[str, object]] = [{"params": list(self.parameters.values()), "rate": options.norm_rate}]
+        for p in self._floats():
+            groups.append({"params": [p], "rate": options.learning_rate * float(p.detach().square().mean().sqrt())})
+        return groups
+
+    def loss(self, batch: Tensor, options: LocalOptions) -> Tensor:
+        """Mean over the tokens of some sequences [n]."""
+        target = self.view.target[batch]
+        y = self._outputs(self._inputs(batch, options.inputs))
+        loss = relative_error(y, target).mean()
+        return loss + options.cosine * cosine_distance(y, target).mean() if options.cosine else loss
+
+    @torch.no_grad()
+    def error(self, rows: Tensor) -> float:
+        """Mean relative error over the tokens of some sequences, on the stream of the smaller model."""
+        values, total = self._values(), 0.0
+        for batch in torch.split(rows, max(1, TOKENS_AT_ONCE // self.view.x.shape[1])):
+            y = self._outputs(self.view.x[batch], values)
+            total += float(relative_error(y, self.view.target[batch]).sum().double())
+        return total / (len(rows) * self.view.x.shape[1])
+
+    def copy(self) -> list[Tensor]:
+        """All parameters as they stand."""
+        return [p.detach().clone() for p in (*self.parameters.values(), *self._floats())]
+
+    @torch.no_grad()
+    def take(self, values: list[Tensor]) -> None:
+        """Put the values of `copy` back."""
+        for p, value in zip((*self.parameters.values(), *self._floats()), values, strict=True):
+            p.copy_(value)
+
+    @torch.no_grad()
+    def solve_down(self, training: Tensor, judging: Tensor) -> None:
+        """The dense `down` of least relative error, of the damping that serves sequences it was not solved for best."""
+        if not isinstance(self.view.form("down"), Dense) or self.view.block.layer.post_norms:
+            return
+        weight, system = self.weights["down"], LeastSquares(self.view, training)
+        best, least = weight(), self.error(judging)
+        for damping in DAMPINGS:
+            weight.put(system.solve(damping))
+            error = self.error(judging)
+            if error < least:
+                best, least = weight(), error
+        weight.put(best)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Decide the block as it stands."""
+        for name, parameter in self.parameters.items():
+            self.view.block.get_parameter(name).copy_(parameter)
+        for role, weight in self.weights.items():
+            self.view.store(role, weight.stored())
+
+    def _floats(self) -> list[nn.Parameter]:
+        return [p for weight in self.weights.values() for p in weight.floats.values()]
+
+    def _values(self) -> dict[str, Tensor]:
+        return {**self.parameters, **{f"{role}.weight": weight() for role, weight in self.weights.items()}}
+
+    def _outputs(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        values = self._values() if values is None else values
+        return cast(Tensor, functional_call(self.view.block, dict(values), (x, self.view.rotation)))
+
+    def _inputs(self, batch: Tensor, kind: str) -> Tensor:
+        if kind == "student":
+            return self.view.x[batch]
+        assert self.view.teacher_x is not None
+        if kind == "teacher":
+            return self.view.teacher_x[batch]
+        mine = torch.rand(len(batch), 1, 1, generator=self.view.generator) < 0.5
+        return torch.where(mine, self.view.x[batch], self.view.teacher_x[batch])
+
+
+class LeastSquares:
+    """`down` W [out, in] of least sum over tokens of |y - t|^2 / |t|^2, with y = .. + W a the block's output.
+
+    With E = t - y at the weight W that is there, and rows of both divided by |t|: W + E^T a (a^T a + damping)^-1.
+    """
+
+    def __init__(self, view: BlockView, rows: Tensor) -> None:
+        self._name, self._weight = view.name("down"), view.block.down.weight.detach()
+        columns = self._weight.shape[1]
+        self._square, self._slope = torch.zeros(columns, columns), torch.zeros_like(self._weight)
+        for batch in torch.split(rows, max(1, TOKENS_AT_ONCE // view.x.shape[1])):
+            x, target = view.x[batch], view.target[batch]
+            scale = target.square().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
+            a = (view.input_of("down", x) * scale).flatten(0, 1)
+            missing = ((target - view.block(x, view.rotation)) * scale).flatten(0, 1)
+            self._square.addmm_(a.T, a)
+            self._slope.addmm_(missing.T, a)
+
+    def solve(self, damping: float) -> Tensor:
+        """The weight, with a damping in mean squares of an input; it keeps what is found near what was there."""
+        square = self._square.clone()
+        square.diagonal().add_(damping * square.diagonal().mean())
+        factor, failed = torch.linalg.cholesky_ex(square)
+        if failed or not torch.isfinite(factor).all():
+            raise NumericalError(f"{self._name}: its inputs are not finite", hint="the model is damaged")
+        return self._weight + torch.cholesky_solve(self._slope.T, factor).T

@@ -1,0 +1,224 @@
+"""Recovery end to end: formulas of the divergences, nearer to the original, what may change, kills, early ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gossamer.checkpoint import open_checkpoint
+from gossamer.checkpoint.load import load_decoder
+from gossamer.compress import registry, tune
+from gossamer.compress.calibration import Calibration, token_hash
+from gossamer.compress.distill.losses import forward_kl, jensen_shannon, reverse_kl
+from gossamer.compress.distill.whole import DistillOptions, RecoverOptions, within_budget
+from gossamer.compress.floatweight import FloatWeight
+from gossamer.compress.pipeline import compress
+from gossamer.compress.recipe import parse_recipe
+from gossamer.compress.tuning import TunedModel
+from gossamer.errors import CompressionError, NumericalError
+from gossamer.formats import Dense, Integer
+from reducers import Cut
+from tiny_llama import make_folder
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8}
+NARROW = {"method": "test-cut", "channels": 40}
+DISTILL: dict[str, Any] = {"method": "distill", "learning_rate": 0.01, "norm_rate": 1e-3}
+LORA: dict[str, Any] = {"method": "lora", "learning_rate": 2e-3, "norm_rate": 1e-3, "rank": 8}
+BOTH = [pytest.param(stage, id=stage["method"]) for stage in (DISTILL, LORA)]
+
+
+@pytest.fixture(autouse=True)
+def with_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.METHODS, Cut.name, Cut)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("distill") / "model", attention_bias=True, **SHAPE)
+
+
+def tokens(sequences: int = 48, seed: int = 0) -> Tensor:
+    return torch.randint(0, 300, (sequences, 24), generator=torch.Generator().manual_seed(seed))
+
+
+def run(model: Path, out: Path, *stages: dict[str, Any]) -> Path:
+    text = {"source": "self", "sequences": 48, "length": 24}
+    trained = [{"batch_size": 8, "tokens": 8 * 24 * 20, **s} if s in (DISTILL, LORA) else s for s in stages]
+    recipe = parse_recipe({"version": 1, "name": "r", "calibration": text, "stages": trained}, "test")
+    record = {"kind": "self", "sha256": token_hash(tokens()), "sequences": 48, "length": 24, "seed": 0}
+    calibration = Calibration(tokens(), {**record, "line_hashes": [], "details": {"source": "self"}})
+    compress(open_checkpoint(model), recipe, out, calibration)
+    return out
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def divergence(model: Path, other: Path) -> float:
+    """Mean KL divergence over fresh tokens, in float64."""
+    p, q = (load_decoder(open_checkpoint(f))(tokens(8, 9)).double().log_softmax(-1) for f in (model, other))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def softmax(x: Any) -> Any:
+    return np.exp(x) / np.exp(x).sum(-1, keepdims=True)
+
+
+def kl(p: Any, q: Any) -> Any:
+    return (p * np.log(p / q)).sum(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergences_and_their_gradients_are_those_of_the_formulas(temperature: float) -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(3, 50)) * 4, generator.normal(size=(3, 50)) * 4
+    p, q = softmax(a / temperature), softmax(b / temperature)
+    m = 0.3 * p + 0.7 * q
+    square = temperature**2
+
+    def through(slope: Any) -> Any:
+        """The gradient by the logits of sum(f(q)), given df/dq."""
+        return square / temperature * q * (slope - (slope * q).sum(-1, keepdims=True))
+
+    cases = [
+        (forward_kl, kl(p, q), through(-p / q)),
+        (reverse_kl, kl(q, p), through(np.log(q / p) + 1)),
+        (
+            lambda t, s, temperature: jensen_shannon(t, s, temperature, 0.3),
+            0.3 * kl(p, m) + 0.7 * kl(q, m),
+            through(0.7 * np.log(q / m)),
+        ),
+    ]
+    for function, value, slope in cases:
+        student = torch.tensor(b, requires_grad=True)
+        found = function(torch.tensor(a), student, temperature)
+        np.testing.assert_allclose(found.detach(), square * value, rtol=1e-9)
+        found.sum().backward()
+        np.testing.assert_allclose(student.grad, slope, rtol=1e-6, atol=1e-9)
+        single = function(torch.tensor(a).float(), torch.tensor(b).float(), temperature)
+        np.testing.assert_allclose(single, square * value, rtol=1e-4)
+
+
+REVERSE = pytest.param(DISTILL | {"loss": "reverse"}, id="reverse")
+JENSEN_SHANNON = pytest.param(DISTILL | {"loss": "jensen-shannon", "temperature": 2.0}, id="jensen-shannon")
+
+
+@pytest.mark.parametrize("tuner", [*BOTH, REVERSE, JENSEN_SHANNON])
+def test_a_narrower_model_comes_nearer_to_the_original_on_text_that_it_has_not_seen(
+    model: Path, tmp_path: Path, tuner: dict[str, Any]
+) -> None:
+    before = divergence(model, run(model, tmp_path / "cut", NARROW))
+    budget = {"batch_size": 8, "tokens": 8 * 24 * 20}
+    out = run(model, tmp_path / "out", NARROW, budget | tuner)
+    assert divergence(model, out) < 0.9 * before
+    shapes = {name: (t.dtype, t.shape) for name, t in weights(tmp_path / "cut").items()}
+    assert {name: (t.dtype, t.shape) for name, t in weights(out).items()} == shapes
+
+
+@pytest.mark.parametrize("tuner", BOTH)
+def test_all_weights_learn_but_those_of_embedding_and_head(model: Path, tmp_path: Path, tuner: dict[str, Any]) -> None:
+    before, after = weights(run(model, tmp_path / "a", NARROW)), weights(run(model, tmp_path / "b", NARROW, tuner))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    biases = {name for name in before if name.endswith("bias")}
+    assert same == {"model.embed_tokens.weight"} | (biases if tuner is LORA else set())
+
+
+@pytest.mark.parametrize("tuner", BOTH)
+def test_a_training_that_diverges_changes_nothing(model: Path, tmp_path: Path, tuner: dict[str, Any]) -> None:
+    wild = tuner | {"learning_rate": 1e6, "norm_rate": 1e6, "tokens": 24 * 3}
+    before, after = weights(run(model, tmp_path / "a", NARROW)), weights(run(model, tmp_path / "b", NARROW, wild))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("tuner", BOTH)
+def test_a_training_that_is_stopped_at_any_save_ends_in_the_same_bytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuner: dict[str, Any]
+) -> None:
+    """The best so far, and for how long nothing was gained, are saved too."""
+    wild = tuner | {"tokens": 24 * 8 * 9, "batch_size": 8, "save_every": 2, "check_every": 1}
+    stages = (NARROW, wild | {"patience": 4})
+    whole = files(run(model, tmp_path / "whole", *stages))
+
+    class Stopped(Exception):
+        pass
+
+    save, stops = TunedModel.save, 0
+
+    def save_and_stop(self: TunedModel, *arguments: Any, **named: Any) -> None:
+        save(self, *arguments, **named)
+        raise Stopped
+
+    monkeypatch.setattr(TunedModel, "save", save_and_stop)
+    while not (tmp_path / "out").exists():
+        try:
+            run(model, tmp_path / "out", *stages)
+        except Stopped:
+            stops += 1
+        assert stops < 10
+    assert stops >= 2
+    assert files(tmp_path / "out") == whole
+
+
+def test_training_ends_once_the_sequences_kept_back_gain_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[int] = []
+    response = tune.response
+    monkeypatch.setattr(tune, "response", lambda *a: steps.append(1) or response(*a))
+    worse = LORA | {"learning_rate": 10.0, "check_every": 2, "patience": 2}
+    run(model, tmp_path / "out", NARROW, worse)
+    assert len(steps) == 4
+
+
+def test_the_budget_of_tokens_is_never_exceeded() -> None:
+    options = RecoverOptions(tokens=1000, batch_size=4)
+    assert within_budget(options, 100, 24).steps == 1000 // 96
+    assert within_budget(options, 2, 24).steps == 1000 // 48  # a batch has no more than there are
+    assert within_budget(RecoverOptions(tokens=None, steps=7), 100, 24).steps == 7
+
+
+@pytest.mark.parametrize("tuner", BOTH)
+def test_codes_are_refused(model: Path, tmp_path: Path, tuner: dict[str, Any]) -> None:
+    with pytest.raises(
+        CompressionError, match=rf"{tuner['method']} trains float weights, but model\.layers\.0.* is int4"
+    ):
+        run(model, tmp_path / "out", {"method": "rtn", "group_size": 32}, tuner)
+
+
+def test_a_float_weight_is_what_is_stored_until_it_is_trained_and_named_when_it_is_not_finite() -> None:
+    weight = FloatWeight("layer", Dense(torch.bfloat16), {"weight": torch.randn(4, 6).bfloat16()})
+    first = weight()
+    assert torch.equal(weight.stored()["weight"].float(), first)
+    weight.begin()
+    (weight() * 3).sum().backward()
+    parameter = weight.floats["weight"]
+    assert torch.equal(parameter.grad, torch.full((4, 6), 3.0))
+    with torch.no_grad():
+        parameter.add_(1e-4)
+    assert not torch.equal(weight(), first)  # in float32, what bfloat16 would lose
+    with torch.no_grad():
+        parameter[0, 0] = float("inf")
+    with pytest.raises(NumericalError, match="layer is not finite"):
+        weight.stored()
+    with pytest.raises(CompressionError, match="layer is stored as int4-g16, not in float"):
+        FloatWeight("layer", Integer(4, 16), {})
+
+
+@pytest.mark.parametrize(
+    "bad", [{"loss": "l2"}, {"temperature": 0.0}, {"beta": 0.2}, {"tokens": -1}, {"patience": 0}, {"top_k": 5}]
+)
+def test_bad_options_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        DistillOptions(**bad)
