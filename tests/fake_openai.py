@@ -43,6 +43,8 @@ class FakeServer:
     """Pieces after which the connection is dropped."""
     error_after: int | None = None
     """Pieces after which an error comes in the stream."""
+    logprob: float | None = None
+    """Of every token of a prompt that is to be echoed; None: it knows no echo."""
     asked: list[dict[str, Any]] = field(default_factory=list)
     """Bodies of the requests for streams."""
     most: int = 0
@@ -65,6 +67,9 @@ class FakeServer:
             return refusal
         body = await request.json()
         used = {"prompt_tokens": len(text_of(body).split()) + self.overhead, "completion_tokens": body["max_tokens"]}
+        if body.get("echo") and self.logprob is not None:
+            told = [None, *[self.logprob] * (used["prompt_tokens"] - 1), -1.0]
+            return JSONResponse({"choices": [{"logprobs": {"token_logprobs": told}}]})
         if not body.get("stream"):
             return JSONResponse({"choices": [], **({"usage": used} if self.usage else {})})
         self.asked.append(body)

@@ -21,6 +21,7 @@ GossamerError                 exit code 1
 ├── KernelError               a shape, stride or dtype that a kernel does not take
 ├── EngineError               a generation request that cannot be served
 └── MeasureError              a measurement that would not mean what it says
+    ├── EngineMissing         another engine that is not installed
     └── Contaminated          judged on the text that calibrated or trained it
 """
 
@@ -137,6 +138,10 @@ class ProofFailed(ExportError):
 
 
 class MeasureError(GossamerError):
+    pass
+
+
+class EngineMissing(MeasureError):
     pass
 
 

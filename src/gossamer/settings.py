@@ -8,6 +8,7 @@ Every variable that Gossamer reads is named here:
     GOSSAMER_KERNELS    reference: plain torch instead of C++, kernels and backend (the oracle, slow)
     GOSSAMER_DEBUG      1: show tracebacks
     GOSSAMER_API_KEY    the key that `gossamer serve` asks for, if --api-key does not say it
+    GOSSAMER_ENGINE_*   the Python of another engine, such as GOSSAMER_ENGINE_VLLM (see measure/engines/peers.py)
     HF_HUB_OFFLINE      1: never ask the model hub
     NO_COLOR            any value: no colours (honoured by rich)
 """

@@ -21,7 +21,14 @@ def commands(page: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/howto/compress.md", "docs/howto/measure.md", "docs/howto/export.md"]
+    "page",
+    [
+        "README.md",
+        "docs/howto/compress.md",
+        "docs/howto/engines.md",
+        "docs/howto/export.md",
+        "docs/howto/measure.md",
+    ],
 )
 def test_every_command_of_a_page_runs(page: str, tmp_path: Path) -> None:
     lines = commands(ROOT / page)

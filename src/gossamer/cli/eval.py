@@ -118,7 +118,10 @@ def exit_code(records: Taken) -> int:
 
     failed = [record for record in records if record["status"] == "failed"]
     for record in failed:
-        console().print(Text.assemble(("failed: ", "bold red"), f"{record['model']['name']}: {record['error']}"))
+        engine = record["engine"]["name"]
+        where = "" if engine == "gossamer" else f" in {engine}"
+        said = f"{record['model']['name']}{where}: {record['error']}"
+        console().print(Text.assemble(("failed: ", "bold red"), said))
     if records.unwritten is not None:
         print_error(GossamerError(f"not every record could be written: {records.unwritten}"))
     return 1 if failed or records.unwritten is not None else 0
@@ -163,6 +166,9 @@ def computed_by(records: Sequence[dict[str, Any]]) -> str:
     """What computed, in a few words: `cpu backend (avx512, int8 activations)`; more than one if models differ."""
     found = []
     for engine in (record["engine"] for record in records if record["status"] == "ok"):
+        if engine["name"] != "gossamer":
+            found.append(" ".join(filter(None, (engine["name"], engine["version"]))))
+            continue
         words = (("activations", "activations"), ("kv_cache", "KV cache"))
         details = [engine["kernels"], *(f"{engine[name]} {what}" for name, what in words if engine[name])]
         found.append(f"{engine['backend']} backend ({', '.join(detail for detail in details if detail)})")

@@ -12,10 +12,10 @@ from .factorize.tensor_train import TensorTrainEmbedding
 from .method import Method
 from .prune.depth import Depth
 from .prune.flap import FLAP
+from .prune.llm_pruner import LLMPruner
 from .prune.magnitude import Magnitude
 from .prune.sparsegpt import SparseGPT
 from .prune.wanda import Wanda
-from .prune.llm_pruner import LLMPruner
 from .prune.wanda_sp import WandaSP
 from .quantize.awq import AWQ
 from .quantize.efficientqat import EfficientQAT

@@ -28,6 +28,7 @@ from .plans import SpeedPlan, WindowPlan
 from .quality import Quality, evaluate
 from .records import model_block
 from .samples import sample_prompts, sample_texts
+from .timing import Timing, rates
 from .worker import Channel, Progress, describe
 
 
@@ -51,9 +52,7 @@ def evaluate_models(
     """
     torch.set_num_threads(settings.threads())
     channel.fact("engine", _expected_engine(backend, weights))
-    text, windows = load_corpus(corpus), WindowPlan(**plan)
-    if text.sha256 != corpus_sha256:
-        raise MeasureError(f"{corpus} changed while it was being measured on")
+    text, windows = _unchanged(corpus, corpus_sha256), WindowPlan(**plan)
     load = partial(_load, channel, backend, weights)
     judge = _Judge(channel, text, windows, tokens, load, activations, kv_cache)
     try:
@@ -116,12 +115,13 @@ def bench_model(
     load_s = opening + time.perf_counter() - began
     loaded = read_usage(settle=True).rss
     yield None
-    timings: list[speed.Timing] = []
+    timings: list[Timing] = []
     for run in range(shape.warmup + shape.repetitions):
         timing = speed.time_run(llm, speed.make_prompts(ordinary, shape, seed=run), shape)
         timings += [timing] if run >= shape.warmup else []
         yield None
     prompts = speed.make_prompts(ordinary, shape, seed=shape.warmup + shape.repetitions)
+    reserved = llm.pool.nbytes
     kv, source = speed.kv_bytes_per_token(llm, prompts, shape)
     yield {
         "wm_bytes": checkpoint.weight_bytes(),
@@ -129,10 +129,51 @@ def bench_model(
         "rm_kv_bytes_per_token": kv,
         "rm_kv_source": source,
         "rm_peak_bytes": peak_rss(),
+        "rm_reserved_bytes": reserved,
         "bare_bytes": bare,
-        **speed.rates(timings, shape),
+        **rates(timings, shape),
         "load_s": load_s,
     }
+
+
+def describe_model(
+    channel: Channel, model: str, plan: dict[str, int], judged: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What other engines need to be measured as ours: the model's files, and the very tokens that ours would read.
+
+    `prompts` [runs][batch][prompt_tokens]; `windows` of a text if `judged` says which: {"corpus", "corpus_sha256",
+    "plan", "tokens"}. `kv_elements`: numbers that a KV cache holds for each token.
+    """
+    shape = SpeedPlan(**plan)
+    checkpoint = open_checkpoint(model)
+    channel.fact("model", model_block(checkpoint))
+    shape.check(checkpoint.config.max_positions)
+    ordinary = speed.ordinary_tokens(checkpoint.tokenizer(), load_corpus("default").text)
+    runs = range(shape.warmup + shape.repetitions)
+    return {
+        "path": str(checkpoint.path),
+        "form": "folder" if checkpoint.path.is_dir() else "gguf",
+        "kv_elements": sum(2 * layer.kv_size for layer in checkpoint.config.layers),
+        "prompts": [speed.make_prompts(ordinary, shape, seed) for seed in runs],
+        "windows": [] if judged is None else _windows(channel, model, **judged),
+    }
+
+
+def _windows(
+    channel: Channel, model: str, corpus: str, corpus_sha256: str, plan: dict[str, int], tokens: int | None
+) -> list[list[int]]:
+    """The windows of a text that a model is judged on, after every check of `evaluate_models`."""
+    text = _Text(channel, _unchanged(corpus, corpus_sha256), WindowPlan(**plan), tokens)
+    text.examine(0, model)
+    return [text.ids[start : start + text.plan.context].tolist() for start in text.plan.starts(len(text.ids))]
+
+
+def _unchanged(corpus: str, sha256: str) -> Corpus:
+    """The text. Raises MeasureError if it is not the one that the parent read."""
+    text = load_corpus(corpus)
+    if text.sha256 != sha256:
+        raise MeasureError(f"{corpus} changed while it was being measured on")
+    return text
 
 
 def loading(channel: Channel, checkpoint: Checkpoint) -> Progress:
@@ -167,62 +208,21 @@ def _expected_engine(backend: BackendName, weights: Weights) -> dict[str, Any]:
     return {"backend": resolve(None, backend, weights)[0], "kernels": isa_in_use()}
 
 
-class _Judge:
-    """Opens and loads the models of one job, and holds the tokens [n] that all of them are judged on."""
+class _Text:
+    """Opens the models of one job, and holds the tokens [n] that all of them are judged on."""
 
-    def __init__(
-        self,
-        channel: Channel,
-        corpus: Corpus,
-        plan: WindowPlan,
-        limit: int | None,
-        load: Callable[[Checkpoint, Activations, str], Backend],
-        activations: Activations,
-        kv_cache: str,
-    ) -> None:
+    def __init__(self, channel: Channel, corpus: Corpus, plan: WindowPlan, limit: int | None) -> None:
         self.channel, self.corpus, self.plan, self.limit = channel, corpus, plan, limit
-        self._load, self._activations, self._kv_cache = load, activations, kv_cache
         self.ids = torch.empty(0, dtype=torch.int64)
         self.checkpoints: dict[int, Checkpoint] = {}
-        self._reference: tuple[Checkpoint, Backend] | None = None
 
-    def load_reference(self, name: str) -> Backend:
-        """Load what the others are compared with. Raises MeasureError, which is every model's."""
-        try:
-            checkpoint = open_checkpoint(name)
-            self._tokenize(checkpoint)
-            # Most references have no weights that int8 activations could meet.
-            activations: Activations = "auto" if self._activations == "int8" else self._activations
-            backend = self._load(checkpoint, activations, "auto")
-        except GossamerError as error:
-            raise MeasureError(f"reference {name}: {error.message}", hint=error.hint) from error
-        self._reference = checkpoint, backend
-        self.channel.fact("reference_fingerprint", checkpoint.fingerprint())
-        return backend
-
-    def load(self, index: int, name: str) -> Backend:
-        """Load one model, after every check that needs no weights. Raises GossamerError."""
-        backend = self._checked(index, name)
-        self.channel.fact(f"engine {index}", _engine(backend))
-        return backend
-
-    def _checked(self, index: int, name: str) -> Backend:
-        """The model's backend, which is the reference's if the model is the reference, keys and values included."""
+    def examine(self, index: int, name: str) -> Checkpoint:
+        """One model, opened, after every check that needs no weights. Raises GossamerError."""
         checkpoint = self.checkpoints[index] = open_checkpoint(name)
         self.channel.fact(f"model {index}", model_block(checkpoint))
         tokenizer = self._tokenize(checkpoint)
         check_contamination(self.corpus, checkpoint.manifest, name, tokenizer.decode(self._judged().tolist()))
-        if self._reference is not None:
-            other, backend = self._reference
-            if checkpoint.config.vocab_size != other.config.vocab_size:
-                raise MeasureError(
-                    f"{name} knows {checkpoint.config.vocab_size} tokens, the reference {other.config.vocab_size}",
-                    hint="divergence compares distributions over one vocabulary: leave --reference away",
-                )
-            alike = self._kv_cache in ("auto", backend.kv_dtype)
-            if alike and checkpoint.fingerprint() == other.fingerprint():
-                return backend
-        return self._load(checkpoint, self._activations, self._kv_cache)
+        return checkpoint
 
     def _tokenize(self, checkpoint: Checkpoint) -> Tokenizer:
         """Tokens of the corpus by this model: those of the first stand for all. Raises MeasureError if they differ."""
@@ -256,6 +256,59 @@ class _Judge:
     def _judged(self) -> torch.Tensor:
         """The tokens [n] of all complete windows, from the first to the end of the last."""
         return self.ids[: self.plan.starts(len(self.ids))[-1] + self.plan.context]
+
+
+class _Judge(_Text):
+    """Loads them as well."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        corpus: Corpus,
+        plan: WindowPlan,
+        limit: int | None,
+        load: Callable[[Checkpoint, Activations, str], Backend],
+        activations: Activations,
+        kv_cache: str,
+    ) -> None:
+        super().__init__(channel, corpus, plan, limit)
+        self._load, self._activations, self._kv_cache = load, activations, kv_cache
+        self._reference: tuple[Checkpoint, Backend] | None = None
+
+    def load_reference(self, name: str) -> Backend:
+        """Load what the others are compared with. Raises MeasureError, which is every model's."""
+        try:
+            checkpoint = open_checkpoint(name)
+            self._tokenize(checkpoint)
+            # Most references have no weights that int8 activations could meet.
+            activations: Activations = "auto" if self._activations == "int8" else self._activations
+            backend = self._load(checkpoint, activations, "auto")
+        except GossamerError as error:
+            raise MeasureError(f"reference {name}: {error.message}", hint=error.hint) from error
+        self._reference = checkpoint, backend
+        self.channel.fact("reference_fingerprint", checkpoint.fingerprint())
+        return backend
+
+    def load(self, index: int, name: str) -> Backend:
+        """Load one model. Raises GossamerError."""
+        backend = self._checked(index, name)
+        self.channel.fact(f"engine {index}", _engine(backend))
+        return backend
+
+    def _checked(self, index: int, name: str) -> Backend:
+        """The model's backend, which is the reference's if the model is the reference, keys and values included."""
+        checkpoint = self.examine(index, name)
+        if self._reference is not None:
+            other, backend = self._reference
+            if checkpoint.config.vocab_size != other.config.vocab_size:
+                raise MeasureError(
+                    f"{name} knows {checkpoint.config.vocab_size} tokens, the reference {other.config.vocab_size}",
+                    hint="divergence compares distributions over one vocabulary: leave --reference away",
+                )
+            alike = self._kv_cache in ("auto", backend.kv_dtype)
+            if alike and checkpoint.fingerprint() == other.fingerprint():
+                return backend
+        return self._load(checkpoint, self._activations, self._kv_cache)
 
 
 def _failure(error: GossamerError) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from ..errors import MeasureError, UsageError
 
+LARGEST_NLL = 700.0
+"""Beyond it, exp() leaves float64."""
+
 
 @dataclass(frozen=True)
 class WindowPlan:

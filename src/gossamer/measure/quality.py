@@ -28,12 +28,10 @@ from torch import Tensor
 from ..engine import runner
 from ..engine.backend import Backend, Batch, blocks_for
 from ..errors import MeasureError
-from .plans import WindowPlan
+from .plans import LARGEST_NLL, WindowPlan
 
 CHUNK = 64
 """Positions whose logits [CHUNK, vocab_size] are held at once."""
-LARGEST_NLL = 700.0
-"""Beyond it, exp() leaves float64."""
 
 
 @dataclass(frozen=True)

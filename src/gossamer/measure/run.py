@@ -8,7 +8,7 @@ runs alone after them, and its protocol says so. Knows no command line, and no t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from .. import errors, settings
 from ..errors import UnknownName
 from .corpus import Corpus
+from .engines.entries import Entry, enter
+from .engines.peers import OURS
 from .plans import SpeedPlan, WindowPlan
 from .records import Kind, Record, engine_block, make_record, unknown_model_block
 from .worker import Job, Progress, Worker, WorkerError
 
 if TYPE_CHECKING:
     from ..engine.backend import Activations, BackendName, Weights
-
-ENGINES = ("gossamer",)
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class EvalRequest:
 
 
 def check_engine(name: str) -> None:
-    """Raises UnknownName unless this engine can be measured."""
-    if name not in ENGINES:
-        raise UnknownName("engine", name, ENGINES)
+    """Raises UnknownName unless this engine can be judged by itself."""
+    if name != OURS:
+        raise UnknownName("engine", name, (OURS,))
 
 
 def evaluate_models(models: Sequence[str], request: EvalRequest, progress: Progress) -> Iterator[Record]:
@@ -72,7 +72,7 @@ def _evaluate_group(models: Sequence[str], request: EvalRequest, progress: Progr
             _eval_protocol(request, facts),
             answer,
             request.threads,
-            facts.get(f"engine {index}") or facts.get("engine"),
+            engine_block(**(facts.get(f"engine {index}") or facts.get("engine") or {"backend": None})),
         )
 
 
@@ -143,34 +143,47 @@ def bench_models(
     backend: BackendName = "auto",
     activations: Activations = "auto",
     kv_cache: str = "auto",
+    engines: Sequence[str] = (OURS,),
+    judged: EvalRequest | None = None,
+    api_key: str | None = None,
 ) -> Iterator[Record]:
-    """One bench record for each model, in order: loaded one after another, then run in turns."""
+    """One bench record for each model and engine, in order: loaded one after another, then run in turns.
+
+    With `judged` an eval record follows for each, of the text that it names; `api_key` is for servers.
+    """
     asked = {"weights": weights, "backend": backend, "activations": activations, **_if_chosen(kv_cache)}
     protocol = {**asdict(plan), **asked, "threads": _threads(threads)}
-    for racer in _race(models, plan, progress, asked, threads):
+    text = None if judged is None else _text_of(judged)
+    for racer in _race(enter(models, engines, plan, progress, threads, asked, text, api_key), plan, progress):
         alone = racer.crowded_out
-        ran = _race([racer.model], plan, progress, asked, threads)[0] if alone else racer
-        yield _record(
-            "bench",
-            ran.facts.get("model") or unknown_model_block(ran.model),
-            {**protocol, "turns": "alone"} if alone else protocol,
-            ran.answer,
-            threads,
-            ran.facts.get("engine"),
-        )
+        ran = _race([racer.entry], plan, progress)[0] if alone else racer
+        model, engine = ran.facts.get("model") or unknown_model_block(ran.entry.model), ran.engine_block()
+        protocols = {**protocol, "turns": "alone"} if alone else protocol
+        yield _record("bench", model, protocols, ran.answer(), threads, engine)
+        if judged is not None and (answer := ran.judged()) is not None:
+            yield _record("eval", model, _eval_protocol(judged, ran.facts), answer, threads, engine)
+    if judged is not None and OURS in engines:
+        yield from evaluate_models(models, judged, progress)
 
 
-def _race(
-    models: Sequence[str], plan: SpeedPlan, progress: Progress, asked: Mapping[str, str], threads: int | None
-) -> list[_Racer]:
+def _text_of(request: EvalRequest) -> dict[str, Any]:
+    """Which windows of which text, as a job takes it."""
+    return {
+        "corpus": request.corpus_source,
+        "corpus_sha256": request.corpus.sha256,
+        "plan": asdict(request.plan),
+        "tokens": request.tokens,
+    }
+
+
+def _race(entries: Sequence[Entry], plan: SpeedPlan, progress: Progress) -> list[_Racer]:
     """Models that have run in turns, one repetition each, all of them loaded; none is alive any more."""
     runs = plan.warmup + plan.repetitions
     with ExitStack() as stack:
         racers: list[_Racer] = []
-        for model in models:
-            arguments = {"model": model, "plan": asdict(plan), **asked}
-            worker = stack.enter_context(Worker(Job("gossamer.measure.jobs:bench_model", arguments, threads), progress))
-            racers.append(_Racer(model, worker))
+        for entry in entries:
+            worker = None if entry.job is None else stack.enter_context(Worker(entry.job, progress))
+            racers.append(_Racer(entry, worker))
             racers[-1].step(racers)  # loads
         for turn in range(runs):
             progress("timing", turn, runs)
@@ -185,27 +198,43 @@ def _race(
 class _Racer:
     """One model in its own process that loads, and then runs once whenever it is told to."""
 
-    def __init__(self, model: str, worker: Worker) -> None:
-        self.model, self.facts = model, worker.facts
-        self.answer: dict[str, Any] = {}
+    def __init__(self, entry: Entry, worker: Worker | None) -> None:
+        self.entry = entry
+        self.error = entry.error
         self.crowded_out = False
         """True if it failed while others were loaded, in a way that may have been for want of room."""
         self._worker = worker
+        self._value: dict[str, Any] | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is known of the model and of its engine."""
+        return {**self.entry.facts, **(self._worker.facts if self._worker is not None else {})}
 
     def step(self, racers: Sequence[_Racer]) -> None:
         """Take the worker's next value: nothing, or at the end the results. A worker that failed is let go."""
-        if "error" in self.answer:
+        if self.error is not None or self._worker is None:
             return
         try:
-            value = next(self._worker)
+            self._value = next(self._worker)
         except WorkerError as error:
-            self.answer = _failure(error)
-            self.crowded_out = _worth_another_try(self.answer["error"]) and any(
-                "error" not in other.answer for other in racers
-            )
+            self.error = _failure(error)["error"]
+            self.crowded_out = _worth_another_try(self.error) and any(other.error is None for other in racers)
             self._worker.close(kill=True)
-        else:
-            self.answer = {} if value is None else {"results": value}
+
+    def engine_block(self) -> dict[str, Any]:
+        """What its records say of the engine."""
+        return self.entry.engine_block(self.facts)
+
+    def answer(self) -> dict[str, Any]:
+        """{"results"} or {"error"} of its bench record."""
+        if self.error is not None or self._value is None:
+            return {"error": self.error}
+        return {"results": self.entry.results(self._value)}
+
+    def judged(self) -> dict[str, Any] | None:
+        """The same of its eval record, if it has one."""
+        return None if self.error is not None or self._value is None else self.entry.judged(self._value)
 
 
 def _record(
@@ -214,13 +243,13 @@ def _record(
     protocol: dict[str, Any],
     answer: dict[str, Any],
     threads: int | None,
-    engine: dict[str, Any] | None,
+    engine: dict[str, Any],
 ) -> Record:
     error = answer.get("error")
     return make_record(
         kind,
         model=model,
-        engine=engine_block(**(engine or {"backend": None})),
+        engine=engine,
         protocol=protocol,
         results=answer.get("results"),
         error=None if error is None else f"{error['kind']}: {error['message']}" + _parenthesis(error["hint"]),

@@ -14,11 +14,8 @@ Knows the engine; knows no rounds, no other models and no records.
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -31,19 +28,12 @@ from ..model.config import LayerConfig, ModelConfig, Rope
 from ..model.decoder import Decoder
 from .memory import read_usage
 from .plans import SpeedPlan
+from .timing import Timing
 
 ORDINARY_TEXT = 100_000
 """Characters of text whose tokens prompts are made of."""
 PAGE_NOISE = 4 << 20
 """Bytes of growth that RSS may show for reasons of its own: thread buffers, heap pages, scratch space."""
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds of one run."""
-
-    first_token: float
-    decode: float
 
 
 def warm_libraries() -> None:
@@ -105,22 +95,3 @@ def _continue(rows: Rows, count: int) -> float:
         rows.append(tokens)
         tokens = rows.argmax().tolist()
     return first
-
-
-def rates(timings: Sequence[Timing], plan: SpeedPlan) -> dict[str, dict[str, Any]]:
-    """Prefill and decode rates and time to first token over all repetitions, in the order they were taken."""
-    return {
-        "prefill_tokens_per_s": summary([plan.batch * plan.prompt_tokens / t.first_token for t in timings]),
-        "decode_tokens_per_s": summary([plan.batch * (plan.output_tokens - 1) / t.decode for t in timings]),
-        "ttft_s": summary([t.first_token for t in timings]),
-    }
-
-
-def summary(samples: Sequence[float]) -> dict[str, Any]:
-    """Median, least, most, and every sample."""
-    return {
-        "median": statistics.median(samples),
-        "min": min(samples),
-        "max": max(samples),
-        "samples": list(samples),
-    }

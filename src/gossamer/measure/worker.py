@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,12 @@ class Job:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     threads: int | None = None
     """Compute threads of the child; None leaves them to settings.threads()."""
+    command: tuple[str, ...] = ()
+    """What else is started, with this process's id at its end; (): this file. It stands still between its values."""
+    environment: Mapping[str, str | None] = field(default_factory=dict)
+    """Variables that a `command` has or (None) has not, beside those of this process."""
+    seconds: float | None = None
+    """Most that may pass before an answer."""
 
 
 class WorkerError(MeasureError):
@@ -76,12 +83,15 @@ class Worker(Iterator[Any]):
         """What the job reported so far with `channel.fact`; outlives a crash."""
         self._oom_kills = _oom_kills()
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 (close() closes it)
+        self._seconds, self._foreign, self._late = job.seconds, bool(job.command), False
+        command = job.command or (sys.executable, "-P", "-m", "gossamer.measure.worker")
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "gossamer.measure.worker", str(os.getpid())],
+            [*command, str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
-            env=_environment(job.threads),
+            env=_foreign_environment(job) if job.command else _environment(job.threads),
+            start_new_session=bool(job.command),  # a group of its own: signals reach its children and nobody else
         )
         self._send({"function": job.function, "arguments": dict(job.arguments)})
 
@@ -91,6 +101,14 @@ class Worker(Iterator[Any]):
 
     def __next__(self) -> Any:
         """The job's next value; StopIteration when there are no more."""
+        self._signal(signal.SIGCONT)
+        try:
+            return self._next()
+        finally:
+            # Runtimes that spin while they wait would take the cores from whoever has the next turn.
+            self._signal(signal.SIGSTOP)
+
+    def _next(self) -> Any:
         self._send({"next": True})
         while True:
             event = self._receive()
@@ -111,6 +129,7 @@ class Worker(Iterator[Any]):
 
         With GOSSAMER_DEBUG, what it wrote on stderr is shown: its traceback, if it failed.
         """
+        self._signal(signal.SIGKILL if kill else signal.SIGCONT)
         if kill:
             self._process.kill()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -120,6 +139,7 @@ class Worker(Iterator[Any]):
         try:
             self._process.wait(SECONDS_TO_EXIT)
         except subprocess.TimeoutExpired:
+            self._signal(signal.SIGKILL)
             self._process.kill()
             self._process.wait()
         if settings.debugging() and not self._stderr.closed:
@@ -142,14 +162,33 @@ class Worker(Iterator[Any]):
 
     def _receive(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        timer = threading.Timer(self._seconds or 0, self._give_up)
+        if self._seconds is not None:
+            timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
         if not line.endswith(b"\n"):
             raise WorkerDiedError(self._cause_of_death(), kind="WorkerDied")
         event: dict[str, Any] = json.loads(line)
         return event
 
+    def _give_up(self) -> None:
+        self._late = True
+        self._signal(signal.SIGKILL)
+        self._process.kill()
+
+    def _signal(self, number: int) -> None:
+        """Send a signal to a child of another program, and to its children; our own needs none."""
+        if self._foreign:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, number)
+
     def _cause_of_death(self) -> str:
         code = self._process.wait()
+        if self._late:
+            return f"the worker gave no answer within {self._seconds:g} s, and was ended"
         if code == -signal.SIGKILL and _oom_kills() > self._oom_kills:
             return "the worker ran out of memory: killed by the kernel's out-of-memory killer (SIGKILL)"
         cause = f"was killed by {_signal_name(-code)}" if code < 0 else f"ended early with exit code {code}"
@@ -177,6 +216,12 @@ def _environment(threads: int | None) -> dict[str, str]:
     if threads is not None:
         environment |= {"GOSSAMER_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     return environment
+
+
+def _foreign_environment(job: Job) -> dict[str, str]:
+    """The environment of another program: this process's, but for what the job changes."""
+    changed = {**os.environ, "PYTHONUNBUFFERED": "1", **job.environment}
+    return {name: value for name, value in changed.items() if value is not None}
 
 
 def _signal_name(number: int) -> str:

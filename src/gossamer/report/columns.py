@@ -83,6 +83,9 @@ MEMORY = (
     Column("rm_peak_bytes", "RM", "MB peak", "bench", "low",
            "runtime memory: peak of the process; beside it the weights in MB + the KV cache per token in kB",
            _bench(lambda bench: bench.results.rm_peak_bytes), megabytes, _memory_parts),
+    Column("rm_reserved_bytes", "RM", "MB reserved", "bench", "low",
+           "memory that the engine set aside for keys and values beforehand, used or not",
+           _bench(lambda bench: bench.results.rm_reserved_bytes), megabytes),
 )  # fmt: skip
 SPEED = (
     Column("prefill_tokens_per_s", "Prefill", "tok/s", "bench", "high", "prompt tokens per second, median",

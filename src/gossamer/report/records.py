@@ -132,6 +132,8 @@ class BenchResults(_Part):
     rm_weights_bytes: Count | None = None
     rm_kv_bytes_per_token: float | None = None
     rm_peak_bytes: Count | None = None
+    rm_reserved_bytes: Count | None = None
+    """For keys and values, set aside beforehand; how much of it was used is in the peak."""
     prefill_tokens_per_s: Spread | None = None
     decode_tokens_per_s: Spread | None = None
     ttft_s: Spread | None = None

@@ -142,7 +142,8 @@ def test_a_table_says_where_the_weights_of_a_converted_model_come_from(capsys: p
     ("arguments", "message"),
     [
         (["eval", "m", "--engine", "gosamer"], "did you mean 'gossamer'"),
-        (["bench", "m", "--engine", "vllm"], "unknown engine 'vllm'"),
+        (["bench", "m", "--engine", "vlm"], "did you mean 'vllm'"),
+        (["eval", "m", "--engine", "vllm"], "unknown engine 'vllm'"),
         (["bench", "m", "--weights", "floats"], "'floats'"),
         (["bench", "m", "--backend", "gpu"], "'gpu'"),
         (["eval", "m", "--activations", "int4"], "'int4'"),

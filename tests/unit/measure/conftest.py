@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gossamer.measure.worker import Channel, Job, Progress, WorkerError, describe
+from gossamer.measure.worker import Channel, Job, Progress, Worker, WorkerError, describe
 from gossamer.model import ModelConfig
 
 
@@ -51,6 +51,17 @@ class InlineWorker(Iterator[Any]):
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs run in this process."""
     monkeypatch.setattr("gossamer.measure.run.Worker", InlineWorker)
+
+
+@pytest.fixture
+def inline_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own jobs run in this process; other engines have theirs."""
+
+    def worker(job: Job, progress: Progress) -> Worker | InlineWorker:
+        return Worker(job, progress) if job.command else InlineWorker(job, progress)
+
+    monkeypatch.setattr("gossamer.measure.run.Worker", worker)
+    monkeypatch.setattr("gossamer.measure.engines.entries.Worker", worker)
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,8 @@ from gossamer.measure.plans import SpeedPlan, WindowPlan
 from gossamer.measure.quality import Quality, evaluate
 from gossamer.measure.records import model_block, unknown_model_block
 from gossamer.measure.samples import PROMPTS, greedy
-from gossamer.measure.speed import Timing, make_prompts, ordinary_tokens, rates, summary
+from gossamer.measure.speed import make_prompts, ordinary_tokens
+from gossamer.measure.timing import Timing, rates, summary
 from gossamer.measure.worker import Job, Worker
 from tiny_llama import make_folder
 

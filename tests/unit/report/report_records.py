@@ -59,7 +59,7 @@ def bench(of: Record, decode: float = 30.0, protocol: Record | None = None, **ex
 
     weights = of["weight_bytes"]
     results = {"wm_bytes": weights, "rm_weights_bytes": weights, "rm_kv_bytes_per_token": 46080,
-               "rm_peak_bytes": weights + 190_000_000, "bare_bytes": 150_000_000,
+               "rm_peak_bytes": weights + 190_000_000, "rm_reserved_bytes": 26_500_000, "bare_bytes": 150_000_000,
                "prefill_tokens_per_s": spread(decode * 9), "decode_tokens_per_s": spread(decode),
                "ttft_s": spread(14 / decode), "load_s": 0.4}  # fmt: skip
     return record("bench", of, {**BENCH_PROTOCOL, **(protocol or {})}, results, **extra)

@@ -41,7 +41,7 @@ class Target:
         asked = {**body, "max_tokens": 2, "stream": False}
         asked.pop("stream_options", None)
         async with client(self.headers) as http:
-            answer = await _ask(http, "POST", self.url(endpoint), asked)
+            answer = await ask(http, "POST", self.url(endpoint), asked)
         usage = answer.get("usage")
         return usage.get("prompt_tokens") if isinstance(usage, dict) else None
 
@@ -50,7 +50,7 @@ class Target:
         # `prompt` is what vLLM reads, `content` is llama-server's.
         asked = {"model": self.model, "prompt": text, "content": text, "add_special_tokens": False}
         try:
-            answer = await _ask(http, "POST", f"{self.root}/tokenize", asked)
+            answer = await ask(http, "POST", f"{self.root}/tokenize", asked)
         except MeasureError:
             return None
         tokens, count = answer.get("tokens"), answer.get("count")
@@ -63,7 +63,7 @@ async def find_target(url: str, model: str | None, api_key: str | None) -> Targe
     headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
     async with client(headers) as http:
         try:
-            listed = (await _ask(http, "GET", f"{root}/v1/models")).get("data")
+            listed = (await ask(http, "GET", f"{root}/v1/models")).get("data")
         except MeasureError:
             if model is None:
                 raise
@@ -98,7 +98,7 @@ def client(headers: dict[str, str]) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(headers=headers, timeout=SECONDS)
 
 
-async def _ask(http: httpx2.AsyncClient, method: str, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+async def ask(http: httpx2.AsyncClient, method: str, url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """The JSON object that a route answers. Raises MeasureError."""
     import httpx2
 
