@@ -219,7 +219,7 @@ class LeastSquares:
     """
 
     def __init__(self, view: BlockView, rows: Tensor) -> None:
-        self._name, self._weight = view.name("down"), view.block.down.weight.detach()
+        self._name, self._weight = view.name("down"), view.block.get_parameter("down.weight").detach()
         columns = self._weight.shape[1]
         self._square, self._slope = torch.zeros(columns, columns), torch.zeros_like(self._weight)
         for batch in torch.split(rows, max(1, TOKENS_AT_ONCE // view.x.shape[1])):
