@@ -13,7 +13,8 @@ from format_codes import random_codes
 from gossamer.checkpoint import open_checkpoint
 from gossamer.export.base import Options
 from gossamer.export.run import Proving, export
-from gossamer.formats import Dense, Format, only_ours, quantization_config
+from gossamer.formats import Dense, Format, LowRank, Sparse, only_ours, quantization_config
+from gossamer.formats.low_rank import dense_factors
 from gossamer.model import OWN_PREFIX
 from tiny_llama import make_folder
 
@@ -42,8 +43,7 @@ def make_artifact(
             tensors[name] = tensor.to(dtype)
             continue
         formats[module], kinds[module] = stored, "linear" if inner or role == "lm_head" else "embedding"
-        codes = random_codes(stored, *tensor.shape, seed=i)
-        tensors |= {f"{module}.{local}": t for local, t in stored.pack(codes).items()}
+        tensors |= {f"{module}.{local}": t for local, t in packed(stored, tensor, i).items()}
     said = json.loads((folder / "config.json").read_text())
     if formats:
         said["quantization_config"] = quantization_config(formats, kinds, "lm_head")
@@ -52,6 +52,15 @@ def make_artifact(
     (folder / "config.json").write_text(json.dumps(said))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def packed(form: Format, weight: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """Stored tensors: random codes, the weight as sparse floats, or its first rows and ones as factors."""
+    if isinstance(form, LowRank):
+        return dense_factors(form, torch.ones(weight.shape[0], form.rank), weight[: form.rank])
+    if isinstance(form, Sparse) and isinstance(form.inner, Dense):
+        return form.compress(torch.where(weight.abs() < 0.1, 0.0, weight))
+    return form.pack(random_codes(form, *weight.shape, seed=seed))
 
 
 def run_export(

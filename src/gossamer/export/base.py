@@ -16,10 +16,12 @@ import torch
 
 from ..checkpoint import Checkpoint
 from ..errors import ExportError, UnknownName
-from ..formats import Dense, Format
+from ..formats import Dense, Format, Sparse
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """progress(label, done, total)."""
+WRITTEN = ("llama", "mistral")
+"""Families that are exported: they have llama's layers by llama's names."""
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """Name of a layout of floats -> dtype."""
 
@@ -62,6 +64,11 @@ class Export(abc.ABC):
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         self.checkpoint, self.options = checkpoint, options
+        if checkpoint.config.family not in WRITTEN:
+            raise ExportError(
+                f"{self.target}: a {checkpoint.config.family} ({checkpoint.name}) is not written for other engines",
+                hint="written are " + ", ".join(WRITTEN),
+            )
         self.layout = (options.layout or self.layouts[0]).lower()
         if self.layout not in self.layouts:
             raise UnknownName(f"layout of {self.target}", self.layout, self.layouts)
@@ -87,10 +94,22 @@ class Export(abc.ABC):
 
     def round_as_asked(self, name: str, why: str, way_out: str) -> None:
         """The same where a layout was asked for: floats are rounded to it without more ado, a second grid is not."""
-        if self.options.layout is not None and isinstance(self.checkpoint.format(name), Dense):
+        if self.options.layout is not None and isinstance(form_of(self.checkpoint, name), Dense):
             self.rounded.add(name)
         else:
             self.round_or_refuse(name, why, way_out)
+
+
+def form_of(checkpoint: Checkpoint, name: str) -> Format:
+    """How a weight is stored; of a sparse one, how its numbers are, for no other engine keeps zeros apart."""
+    form = checkpoint.format(name)
+    return form.inner if isinstance(form, Sparse) else form
+
+
+def stored_of(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
+    """What stores a weight as `form_of` says, the zeros of a sparse one filled in."""
+    form, stored = checkpoint.format(name), checkpoint.stored(name)
+    return form.filled(stored) if isinstance(form, Sparse) else stored
 
 
 def is_uniform(checkpoint: Checkpoint) -> bool:
@@ -109,7 +128,7 @@ def refuse_ragged(checkpoint: Checkpoint, target: str) -> None:
 
 def holds(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> bool:
     """True if this dtype holds every value of a tensor as it is."""
-    form = checkpoint.format(name)
+    form = form_of(checkpoint, name)
     if isinstance(form, Dense) and dtype in (form.dtype, torch.float32):
         return True
     tensor = checkpoint.tensor(name)
@@ -119,4 +138,4 @@ def holds(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> bool:
 def linear_formats(checkpoint: Checkpoint) -> dict[str, Format]:
     """Name -> format of every matrix inside the blocks, in the model's order."""
     names = (name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2 and ".layers." in name)
-    return {name: checkpoint.format(name) for name in names}
+    return {name: form_of(checkpoint, name) for name in names}

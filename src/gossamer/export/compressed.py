@@ -7,6 +7,7 @@ can without loss, or if that is allowed. vLLM fuses q, k, v and gate, up, so tho
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from ..checkpoint.save import entries
 from ..errors import ExportError
 from ..formats import Dense, Kind, only_ours, quantization_config
 from ..model import FAMILIES
-from .base import FLOATS, Options, linear_formats
-from .folders import FolderExport, FolderReader
+from .base import FLOATS, Options, form_of, linear_formats, stored_of
+from .folders import FolderExport, FolderReader, lazy
 
 FUSED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
@@ -34,19 +35,26 @@ class TransformersExport(FolderExport):
     engine = "transformers"
 
     def is_packed(self, name: str) -> bool:
-        form = self.checkpoint.format(name)
+        form = form_of(self.checkpoint, name)
         if self.layout in FLOATS or len(self.checkpoint.shape(name)) != 2 or isinstance(form, Dense | GGMLBlocks):
             return False
         kind: Kind = "embedding" if name == f"{self._family.embed}.weight" else "linear"
         return not only_ours({name: form}, {name: kind}) and not self._is_tied_head(name)
 
     def packed(self, name: str) -> list[Entry]:
-        return entries(self.checkpoint, name)
+        if form_of(self.checkpoint, name) is self.checkpoint.format(name):
+            return entries(self.checkpoint, name)
+        stored = form_of(self.checkpoint, name).stored(self.checkpoint.shape(name))
+        module = name.removesuffix(".weight")
+        return [lazy(f"{module}.{local}", *of, partial(self._local, name, local)) for local, of in stored.items()]
+
+    def _local(self, name: str, local: str) -> torch.Tensor:
+        return stored_of(self.checkpoint, name)[local]
 
     def quantization_config(self) -> dict[str, Any] | None:
         matrices = [name for name in self.checkpoint.names() if len(self.checkpoint.shape(name)) == 2]
         formats = {
-            name.removesuffix(".weight"): self.checkpoint.format(name) if self.is_packed(name) else Dense(self.dtype)
+            name.removesuffix(".weight"): form_of(self.checkpoint, name) if self.is_packed(name) else Dense(self.dtype)
             for name in matrices
         }
         kinds: dict[str, Kind] = {m: "embedding" if m == self._family.embed else "linear" for m in formats}
@@ -81,7 +89,7 @@ class VLLMExport(TransformersExport):
         """Raises ExportError unless all weights that vLLM multiplies at once are in one format."""
         for other in group[1:]:
             sibling = name.replace(group[0], other)
-            found = self.checkpoint.format(sibling).name
+            found = form_of(self.checkpoint, sibling).name
             if found != wanted:
                 raise ExportError(
                     f"vllm: {sibling} is {found}, and {name} is {wanted}: vLLM multiplies by both at once",

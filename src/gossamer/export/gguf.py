@@ -28,11 +28,11 @@ from ..checkpoint.gguf import GGMLBlocks
 from ..checkpoint.gguf_blocks import SIZES
 from ..checkpoint.gguf_header import read_header
 from ..errors import ExportError
-from ..formats import Codebook, Dense, Format
+from ..formats import Codebook, Dense, Format, Integer
 from ..model import FAMILIES, Rope
 from ..model.decoder import inverse_frequencies
 from . import ggml, gguf_tokens
-from .base import FLOATS, Export, Options, Progress, holds, is_uniform
+from .base import FLOATS, Export, Options, Progress, form_of, holds, is_uniform, stored_of
 
 TENSORS = {
     "embed": "token_embd",
@@ -87,6 +87,11 @@ class GGUFExport(Export):
         config = checkpoint.config
         if config.activation != "silu":
             raise ExportError(f"{self.target}: the activation {config.activation} is not llama's, which is silu")
+        if any(layer.window for layer in config.layers):
+            raise ExportError(
+                f"{self.target}: architecture llama has no sliding window",
+                hint='if the model attends to everything, say "sliding_window": null in its config.json',
+            )
         self.architecture = "llama" if is_uniform(checkpoint) else "deci"
         self.tool = find_tool("llama-quantize", options.llama_cpp) if self.layout in K_QUANTS else None
         self.tokens = gguf_tokens.tokenizer_metadata(checkpoint.tokenizer(), checkpoint.hf_config, config.vocab_size)
@@ -137,7 +142,7 @@ class GGUFExport(Export):
         """Where and as what a tensor goes. Raises ExportError if that would round it unasked."""
         checkpoint, (role, block, suffix) = self.checkpoint, _role(self.checkpoint, name)
         key = f"{TENSORS[role]}.{suffix}" if block is None else f"blk.{block}.{TENSORS[role]}.{suffix}"
-        shape, form = checkpoint.shape(name), checkpoint.format(name)
+        shape, form = checkpoint.shape(name), form_of(checkpoint, name)
         heads = {"q": "num_heads", "k": "num_kv_heads"}.get(role)
         count = getattr(checkpoint.config.layers[block or 0], heads) if heads else None
         if len(shape) == 1:
@@ -161,7 +166,7 @@ class GGUFExport(Export):
             kind = self.float_kind(name, form)
             return kind, partial(self._floats, name, kind, None)
         if isinstance(form, GGMLBlocks):
-            return form.kind, lambda: self.checkpoint.stored(name)["weight"]
+            return form.kind, lambda: stored_of(self.checkpoint, name)["weight"]
         exact = self._exact_kind(name, form)
         if exact is not None and not (exact == "NVFP4" and role in ("embed", "head")):
             return exact, partial(self._encoded, name, exact)
@@ -183,20 +188,17 @@ class GGUFExport(Export):
         return kind, partial(self._floats, name, kind, None)
 
     def _as_integers(self, name: str, form: Format, kind: str) -> tuple[str, Callable[[], Tensor]]:
-        codes = None
-        if not isinstance(form, Dense | GGMLBlocks):
-            codes = form.codes(self.checkpoint.stored(name))
-        if codes is not None and ggml.is_exact(kind, form, codes):
+        if isinstance(form, Integer) and ggml.is_exact(kind, form, form.codes(stored_of(self.checkpoint, name))):
             return kind, partial(self._encoded, name, kind)
         if isinstance(form, GGMLBlocks) and form.kind == kind:
-            return kind, lambda: self.checkpoint.stored(name)["weight"]
+            return kind, lambda: stored_of(self.checkpoint, name)["weight"]
         self.round_as_asked(name, f"is not exact in {kind}", WAY_OUT)
         return self._to_be_rounded(name, kind)
 
     def _exact_kind(self, name: str, form: Format) -> str | None:
-        if isinstance(form, Codebook) and form.kind not in ggml.FLOATS:
+        if not isinstance(form, Integer) and not (isinstance(form, Codebook) and form.kind in ggml.FLOATS):
             return None
-        return ggml.exact_kind(form, form.codes(self.checkpoint.stored(name)), self.kinds)
+        return ggml.exact_kind(form, form.codes(stored_of(self.checkpoint, name)), self.kinds)
 
     def _nearest_kind(self, form: Format) -> str:
         """The type of integers that a weight of no exact type is rounded to: that of its bits, or 8 bits."""
@@ -204,7 +206,7 @@ class GGUFExport(Export):
         return "Q8_0" if symmetric or bits > 5 else "Q4_1" if bits <= 4 else "Q5_1"
 
     def _encoded(self, name: str, kind: str) -> Tensor:
-        form, stored = self.checkpoint.format(name), self.checkpoint.stored(name)
+        form, stored = form_of(self.checkpoint, name), stored_of(self.checkpoint, name)
         if kind in ggml.FLOATS.values():
             return ggml.encode_floats(kind, stored)
         return ggml.encode(kind, form, form.codes(stored))
@@ -230,7 +232,7 @@ class GGUFExport(Export):
         return values.contiguous().view(torch.uint8)
 
     def _inverse_scale(self, name: str) -> Tensor:
-        return (1.0 / self.checkpoint.stored(name)["weight_global_scale"].float()).view(torch.uint8)
+        return (1.0 / stored_of(self.checkpoint, name)["weight_global_scale"].float()).view(torch.uint8)
 
     def _metadata(self) -> dict[str, Any]:
         checkpoint, config, arch = self.checkpoint, self.checkpoint.config, self.architecture

@@ -20,7 +20,7 @@ from ..checkpoint import Checkpoint, Entry
 from ..checkpoint.files import read_json
 from ..errors import ExportError
 from ..formats import Integer
-from .base import Options
+from .base import Options, form_of, stored_of
 from .folders import FolderExport, FolderReader, lazy, one_grid
 from .grids import as_half, unsigned, zeros
 
@@ -47,7 +47,7 @@ class GPTQExport(FolderExport):
                 self._check(name)
 
     def is_packed(self, name: str) -> bool:
-        return isinstance(self.checkpoint.format(name), Integer) and ".layers." in name
+        return isinstance(form_of(self.checkpoint, name), Integer) and ".layers." in name
 
     def packed(self, name: str) -> list[Entry]:
         out, columns = self.checkpoint.shape(name)
@@ -102,7 +102,7 @@ class GPTQExport(FolderExport):
             )
 
     def _codes(self, name: str) -> Any:
-        return self.checkpoint.format(name).codes(self.checkpoint.stored(name))
+        return form_of(self.checkpoint, name).codes(stored_of(self.checkpoint, name))
 
     def _qweight(self, name: str) -> Tensor:
         return pack_down(unsigned(self.grid, self._codes(name).codes).T, self.grid.bits)

@@ -30,7 +30,7 @@ from ..checkpoint.save import write_companions
 from ..errors import ExportError
 from ..formats import Dense, Integer
 from ..model import FAMILIES
-from .base import Export, Options, Progress, holds, refuse_ragged
+from .base import Export, Options, Progress, form_of, holds, linear_formats, refuse_ragged, stored_of
 from .grids import divides, spread, steps
 
 SHARD_BYTES = 32 << 20
@@ -91,8 +91,8 @@ class MLCExport(Export):
         super().__init__(checkpoint, options)
         refuse_ragged(checkpoint, self.target)
         config = checkpoint.config
-        if config.family != "llama" or config.activation != "silu" or config.layers[0].biases:
-            raise ExportError(f"{self.target}: only llama models with silu and without biases are written")
+        if config.activation != "silu" or config.layers[0].biases or config.layers[0].window:
+            raise ExportError(f"{self.target}: only models with silu, without biases and sliding windows are written")
         if self.layout == "stored":
             self.layout = self._chosen()
         self.how = LAYOUTS[self.layout]
@@ -115,8 +115,7 @@ class MLCExport(Export):
 
     def _chosen(self) -> str:
         """The layout that holds what is stored."""
-        formats = {n: self.checkpoint.format(n) for n in self.checkpoint.names() if len(self.checkpoint.shape(n)) == 2}
-        inner = next(form for name, form in formats.items() if ".layers." in name)
+        inner = next(iter(linear_formats(self.checkpoint).values()))
         if isinstance(inner, Integer):
             return next((layout for layout in QUANTIZED if self._holds(layout)), "q4f16_2")
         if isinstance(inner, Dense):
@@ -151,10 +150,10 @@ class MLCExport(Export):
 
     def _exact_codes(self, name: str) -> tuple[Tensor, Tensor] | None:
         """Codes from 0 [out, in] and scales [out, groups] of this layout that are the stored weight, or None."""
-        form, how = self.checkpoint.format(name), self.how
+        form, how = form_of(self.checkpoint, name), self.how
         if not isinstance(form, Integer) or form.outliers:
             return None
-        codes = form.codes(self.checkpoint.stored(name))
+        codes = form.codes(stored_of(self.checkpoint, name))
         columns = codes.codes.shape[1]
         whole = form.group_size is None and columns % how.group
         if not whole and not divides(codes, how.group):

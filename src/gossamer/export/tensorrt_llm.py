@@ -20,7 +20,7 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Entry, write_file
 from ..errors import ExportError
 from ..formats import Codebook, Dense, Format
-from .base import FLOATS, Options, Progress, linear_formats
+from .base import FLOATS, Options, Progress, form_of, linear_formats, stored_of
 from .folders import FolderExport, FolderReader, lazy, one_grid
 from .grids import as_half
 
@@ -51,7 +51,7 @@ class TensorRTExport(FolderExport):
         module = name.removesuffix(".weight")
         if self.algorithm != "W4A16_AWQ":
             return [
-                lazy(name, torch.float8_e4m3fn, (out, columns), lambda: self.checkpoint.stored(name)["weight"]),
+                lazy(name, torch.float8_e4m3fn, (out, columns), lambda: stored_of(self.checkpoint, name)["weight"]),
                 lazy(f"{module}.weight_scale", torch.float32, (out,), lambda: self._codes(name).scale.float().view(-1)),
             ]
         groups = self.form.groups(columns)
@@ -106,7 +106,7 @@ class TensorRTExport(FolderExport):
             )
 
     def _codes(self, name: str) -> Any:
-        return self.checkpoint.format(name).codes(self.checkpoint.stored(name))
+        return form_of(self.checkpoint, name).codes(stored_of(self.checkpoint, name))
 
 
 def pack_rows(codes: Tensor) -> Tensor:

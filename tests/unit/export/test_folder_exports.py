@@ -17,7 +17,7 @@ from gossamer.export import awq, gptq, mlc, proof, tensorrt_llm
 from gossamer.export.engines import Answers, find
 from gossamer.export.registry import TARGETS, target_class
 from gossamer.export.run import Proving
-from gossamer.formats import Codebook, Format, Integer, KMeans
+from gossamer.formats import Codebook, Dense, Format, Integer, KMeans, LowRank, Sparse
 
 FOLDERS = ("transformers", "vllm", "gptq", "awq", "mlc", "tensorrt-llm")
 EXACT: dict[str, list[Format | None]] = {
@@ -82,6 +82,25 @@ def test_what_a_target_would_read_wrongly_is_refused_with_a_way_out(tmp_path, ta
     assert words in caught.value.message
     assert caught.value.hint
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+@pytest.mark.parametrize("target", ["gguf", *FOLDERS])
+def test_zeros_of_a_sparse_model_are_filled_in(tmp_path, target) -> None:
+    for form in (Sparse(Integer(4, 64), 0.5), Sparse(Dense(torch.bfloat16), 0.5)):
+        model = make_artifact(tmp_path / form.name, form)
+        if isinstance(form.inner, Integer) or target not in ("gptq", "awq"):
+            record = run_export(model, target, tmp_path / f"out-{form.name}")
+            assert record["weights"]["max_abs_error"] == 0.0
+            assert record["rounded"] == []
+
+
+@pytest.mark.parametrize(("target", "layout"), [("gguf", "f32"), ("transformers", "f32"), ("mlc", "q0f32")])
+def test_factors_are_multiplied_out_in_float32_or_refused(tmp_path, target, layout) -> None:
+    model = make_artifact(tmp_path / "m", LowRank(8))
+    with pytest.raises(ExportError, match="rank8-bf16"):
+        run_export(model, target, tmp_path / "out")
+    record = run_export(model, target, tmp_path / "out", layout=layout)
+    assert (record["weights"]["max_abs_error"], record["rounded"]) == (0.0, [])
 
 
 @pytest.mark.parametrize("target", FOLDERS)
@@ -240,6 +259,13 @@ def test_transformers_itself_runs_the_folder(tmp_path) -> None:
     record = run_export(model, "transformers", tmp_path / "out", proving=Proving())
     assert record["engine"]["engine"].startswith("transformers 5")
     assert (record["engine"]["tokens"], record["engine"]["agree"]) == (48, 48)
+
+
+@pytest.mark.parametrize("target", ["gguf", *FOLDERS])
+def test_families_that_are_not_written_are_named(tmp_path, target) -> None:
+    model = make_artifact(tmp_path / "m", Integer(4, 64), model_type="qwen2")
+    with pytest.raises(ExportError, match="qwen2"):
+        run_export(model, target, tmp_path / "out")
 
 
 def test_an_engine_that_says_something_else_is_caught(tmp_path) -> None:

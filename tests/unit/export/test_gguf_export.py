@@ -161,6 +161,12 @@ def test_rotary_scaling_is_carried_over(tmp_path, rope) -> None:
     assert theirs.layers == ours.layers
 
 
+def test_a_sliding_window_is_refused(tmp_path) -> None:
+    model = make_artifact(tmp_path / "m", Integer(4, 32), model_type="mistral", sliding_window=16)
+    with pytest.raises(ExportError, match="sliding window"):
+        run_export(model, "gguf", tmp_path / "m.gguf")
+
+
 def test_biases_of_permuted_rows_are_permuted_too(tmp_path) -> None:
     model = make_artifact(tmp_path / "m", attention_bias=True)
     tensors = {n: open_checkpoint(model).tensor(n) for n in open_checkpoint(model).names()}
