@@ -49,10 +49,11 @@ def assemble(
     `base` is the checkpoint that the run began with, before any transform. Raises DoesNotFit.
     """
     with atomic_folder(out, replaced=replaced) as folder:
-        write_config(folder, _hf_config(units))
+        config, tensors = _hf_config(units), list(_entries(units))
+        own = config["model_type"].startswith(OWN_PREFIX)  # which says that linear layers are single tensors
+        write_config(folder, config)
         write_companions(folder, base)
-        tensors = list(_entries(units))
-        write_weights(folder, told(tensors if _packs(units) else fused(units.source.config, tensors), progress))
+        write_weights(folder, told(tensors if own else fused(units.source.config, tensors), progress))
         for name, content in _files(units):
             write_file(folder / name, content)
         if calibration is not None:

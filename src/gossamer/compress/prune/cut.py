@@ -17,10 +17,10 @@ from ...checkpoint.tokenizer import Tokenizer
 from ...errors import CompressionError
 from ...formats import Dense, Format
 from ...model import FAMILIES, LINEARS, LayerConfig, ModelConfig, tensor_names
-from ...model.families import norm_parts
+from ...model.families import Family, norm_parts
 
-SAYS_BIASES = {"llama"}
-"""Families whose other readers know `attention_bias` and `mlp_bias`: a bias for all of q, k, v, o or gate, up, down."""
+SAYS_HEADS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}
+"""Families whose other readers take a width of heads that is not hidden_size over their number."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,8 @@ class CutCheckpoint(Checkpoint):
         every = torch.arange(base.config.num_layers, dtype=torch.int32)
         self._layers: list[int] = decision.get("layers", every).tolist()
         shapes = [self._shape(i) for i in self._layers]
-        if plain and base.config.family in SAYS_BIASES:
-            biased = {role for layer in shapes for role in layer.biases}
-            filled = frozenset(role for part in (LINEARS[:4], LINEARS[4:]) if biased & {*part} for role in part)
-            shapes = [replace(layer, biases=filled) for layer in shapes]
+        if plain:
+            shapes = _with_biases_alike(FAMILIES[base.config.family], shapes)
         self.config = replace(base.config, layers=tuple(shapes))
         self.hf_config = shaped(base.hf_config, self.config, self._layers)
         self._shapes = dict(tensor_names(self.config))
@@ -92,6 +90,11 @@ class CutCheckpoint(Checkpoint):
     def _shape(self, i: int) -> LayerConfig:
         layer = self.base.config.layers[i]
         heads = self._kept(i, "heads")
+        if self.base.config.positions == "alibi" and len(heads) < layer.num_heads:
+            raise CompressionError(
+                f"layer {i}: heads of a {self.base.config.family} model cannot go, since ALiBi's slopes count on all",
+                hint="heads: keep",
+            )
         sizes = torch.bincount(heads // layer.group, minlength=layer.num_kv_heads)
         if len(set(sizes[sizes > 0].tolist())) != 1:
             raise CompressionError(
@@ -122,15 +125,15 @@ class CutCheckpoint(Checkpoint):
             keys = _spread(torch.tensor(sorted(set((heads // was.group).tolist()))), was.head_dim)
             rows = {"q": queries, "k": keys, "v": keys, "gate": channels, "up": channels}
             columns = {"o": queries, "down": channels}
-            for role in was.norm_sizes(self.config.hidden_size):
+            for role in was.norm_sizes(1):
                 for part in norm_parts(self.config):
                     yield f"{family.module(role, new)}.{part}", _Place(f"{family.module(role, old)}.{part}")
-            for role in was.linear_shapes(self.config.hidden_size):
+            for role, (height, _) in self.config.layers[new].linear_shapes(self.config.hidden_size).items():
                 before, name = family.module(role, old), family.module(role, new)
                 yield f"{name}.weight", _Place(f"{before}.weight", rows.get(role), columns.get(role))
                 value = self._decision.get(f"{old}.{role}.bias")
                 if value is None and not was.has_bias(role):
-                    value = torch.zeros(self.config.layers[new].linear_shapes(self.config.hidden_size)[role][0])
+                    value = torch.zeros(height)
                 yield f"{name}.bias", _Place(f"{before}.bias", rows.get(role), value=value)
 
     def _make_tokenizer(self) -> Tokenizer:
@@ -152,37 +155,59 @@ def shaped(hf: Mapping[str, Any], config: ModelConfig, layers: list[int]) -> dic
     Plain where other tools can read it so; else with `gossamer_layers`, which makes the pipeline give the folder a
     `model_type` of our own.
     """
-    first = config.layers[0]
+    family, first = FAMILIES[config.family], config.layers[0]
     said = {key: value for key, value in hf.items() if key != "gossamer_layers"}
-    said |= {
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": first.num_heads,
-        "num_key_value_heads": first.num_kv_heads,
-        "head_dim": first.head_dim,
-        "intermediate_size": first.ffn_width,
+
+    def say(name: str, value: int) -> None:
+        names = family.keys.get(name, (name,))
+        said[next((key for key in names if hf.get(key) is not None), names[0])] = value
+
+    say("num_hidden_layers", config.num_layers)
+    sliding = [layer.window is not None or layer.rope is not None for layer in config.layers]
+    if len(layers) < len(hf.get("layer_types") or layers) or len(set(sliding)) > 1:
+        said["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in sliding]
+    if not _sayable(config, family):
+        return said | {"head_dim": first.head_dim, "gossamer_layers": [_row(layer) for layer in config.layers]}
+    if family.name in SAYS_HEADS:
+        said["head_dim"] = first.head_dim
+        say("num_attention_heads", first.num_heads)
+        say("num_key_value_heads", first.num_kv_heads)
+    if family.ffn_times is None or "intermediate_size" in family.keys:
+        say("intermediate_size", first.ffn_width)
+    return said | {key: bool(first.biases & {*roles}) for key, roles in family.biases.items() if key}
+
+
+def _sayable(config: ModelConfig, family: Family) -> bool:
+    """True if other tools' config.json has words for these shapes."""
+    rows, first, hidden = [_row(layer) for layer in config.layers], config.layers[0], config.hidden_size
+    heads = first.q_size == hidden or (family.name in SAYS_HEADS and hidden % first.num_heads == 0)
+    width = (
+        family.ffn_times is None or "intermediate_size" in family.keys or first.ffn_width == family.ffn_times * hidden
+    )
+    biases = first.biases == _filled(family, first)
+    return heads and width and biases and all(row == rows[0] for row in rows)
+
+
+def _row(layer: LayerConfig) -> dict[str, Any]:
+    return {
+        "num_heads": layer.num_heads,
+        "num_kv_heads": layer.num_kv_heads,
+        "ffn_width": layer.ffn_width,
+        "biases": [role for role in LINEARS if role in layer.biases],
     }
-    if isinstance(said.get("layer_types"), list):
-        said["layer_types"] = [said["layer_types"][i] for i in layers]
-    biased = first.biases
-    if config.family in SAYS_BIASES:
-        said |= {"attention_bias": "q" in biased, "mlp_bias": "gate" in biased}
-        plain = biased in _SAYABLE
-    else:
-        plain = not biased
-    if len(set(config.layers)) > 1 or not plain or config.hidden_size % first.num_heads:
-        said["gossamer_layers"] = [
-            {
-                "num_heads": layer.num_heads,
-                "num_kv_heads": layer.num_kv_heads,
-                "ffn_width": layer.ffn_width,
-                "biases": [role for role in LINEARS if role in layer.biases],
-            }
-            for layer in config.layers
-        ]
-    return said
 
 
-_SAYABLE = [frozenset(a + b) for a in ((), LINEARS[:4]) for b in ((), LINEARS[4:])]
+def _filled(family: Family, layer: LayerConfig) -> frozenset[str]:
+    """The biases that the family's config.json says where it says the layer's, as far as it can."""
+    parts = [roles for key, roles in family.biases.items() if not key or layer.biases & {*roles}]
+    return frozenset(role for roles in parts for role in roles if layer.gated or role != "gate")
+
+
+def _with_biases_alike(family: Family, layers: list[LayerConfig]) -> list[LayerConfig]:
+    """The layers with the same biases, if other tools can be told of those that they need together."""
+    both = replace(layers[0], biases=frozenset(role for layer in layers for role in layer.biases))
+    filled = _filled(family, both)
+    return [replace(layer, biases=filled) for layer in layers] if both.biases <= filled else layers
 
 
 def _spread(heads: Tensor, width: int) -> Tensor:

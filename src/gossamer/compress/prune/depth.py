@@ -19,7 +19,7 @@ from torch import Tensor
 from ...checkpoint import Checkpoint
 from ...errors import CompressionError, NumericalError
 from ...model import ModelConfig
-from ...model.decoder import RMSNorm
+from ...model.decoder import softcap
 from ..method import Needs, Options, Reducer
 from ..source import Source
 from ..walk import POSITIONS_AT_ONCE, advance, slices
@@ -145,9 +145,7 @@ class Judge:
         rotation = source.rotation(tokens.shape[1])
         for i in range(source.config.num_layers):
             advance(source.block(i), self.states, rotation)
-        self.norm = RMSNorm(source.config.hidden_size, source.config.norm_eps)
-        self.norm.weight.copy_(source.dense(f"{source.family.final_norm}.weight"))
-        self.head = source.head()
+        self.norm, self.head, self.cap = source.norm("final_norm"), source.head(), source.config.final_softcap
 
     def divergences(self, candidates: Sequence[Tensor]) -> Tensor:
         """Mean over the positions [candidates], float64, of final states [sequences, time, hidden]."""
@@ -165,4 +163,4 @@ class Judge:
 
     def _log_probabilities(self, states: Tensor, start: int) -> Tensor:
         rows = states.flatten(0, 1)[start : start + POSITIONS_AT_ONCE]
-        return F.linear(self.norm(rows), self.head).log_softmax(-1)
+        return softcap(F.linear(self.norm(rows), self.head), self.cap).log_softmax(-1)
