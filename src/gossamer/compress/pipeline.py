@@ -33,6 +33,7 @@ from .factorize.allocation import settle_ranks
 from .journal import Journal, differences, discard, require_same
 from .method import Needs, Reducer
 from .plan import check_fit, free_disk, make_plan, plan_part
+from .prune.owl import settle_sparsity
 from .recipe import Part, Recipe
 from .sensitivity import settle
 from .source import Source
@@ -89,6 +90,7 @@ def compress(
     with Lock(out):  # before a budget is settled, which may take minutes: of two runs, one is told at once
         view = transformed(checkpoint, recipe)
         recipe, text = settle_ranks(view, *settle(view, recipe, calibration, progress), progress)
+        recipe, text = settle_sparsity(view, recipe, text, progress)
         text = cast("Calibration | Later | None", text)
         return _Run(checkpoint, recipe, out, text, progress).run(overwrite, restart)
 

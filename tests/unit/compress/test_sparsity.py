@@ -15,15 +15,26 @@ from torch import Tensor
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.load import load_decoder
 from gossamer.compress.calibration import Calibration, token_hash
+from gossamer.compress.grids import linear_shapes
 from gossamer.compress.method import QuantizeOptions
 from gossamer.compress.pipeline import compress
 from gossamer.compress.plan import make_plan
+from gossamer.compress.prune import owl
 from gossamer.compress.prune.magnitude import Magnitude
-from gossamer.compress.prune.masks import PruneOptions, Pruner, lowest_of_all, lowest_of_groups, lowest_of_rows
+from gossamer.compress.prune.masks import (
+    OWLOptions,
+    PruneOptions,
+    Pruner,
+    lowest_of_all,
+    lowest_of_groups,
+    lowest_of_rows,
+)
+from gossamer.compress.prune.owl import outlier_shares, spread
 from gossamer.compress.prune.sparsegpt import SparseGPT, SparseGPTOptions
 from gossamer.compress.prune.wanda import Wanda
 from gossamer.compress.quantize.gptq import GPTQ, GPTQOptions
-from gossamer.compress.recipe import Recipe, parse_recipe
+from gossamer.compress.recipe import Recipe, load_recipe, parse_recipe
+from gossamer.compress.source import Source
 from gossamer.errors import RecipeError, ShapeMismatch
 from gossamer.formats import Codes, Dense, Integer, Sparse
 from tiny_llama import make_folder
@@ -263,6 +274,68 @@ def _grid(stage: dict[str, Any]) -> dict[str, Any]:
     return {key: stage[key] for key in ("bits", "group_size", "symmetric") if key in stage}
 
 
+# Shares by outliers.
+
+
+def test_blocks_with_more_outliers_keep_more(model: Path) -> None:
+    source = open_checkpoint(str(model))
+    options = OWLOptions(sparsity=0.6, spread=0.1)
+    modules = list(linear_shapes(source.config))
+    found = spread(source, modules, [0.01, 0.03], options)
+    assert {found[m] for m in modules if ".0." in m} == {0.7}
+    assert {found[m] for m in modules if ".1." in m} == {0.5}
+    some = [m for m in modules if ".0." in m or "down" in m]  # block 1 weighs less: the mean is over weights
+    found, sizes = spread(source, some, [0.01, 0.03], options), linear_shapes(source.config)
+    weights = {m: sizes[m][0] * sizes[m][1] for m in some}
+    assert sum(found[m] * weights[m] for m in some) / sum(weights.values()) == pytest.approx(0.6, abs=1e-4)
+    assert set(spread(source, modules, [0.02, 0.02], options).values()) == {0.6}
+
+
+def test_outliers_are_counted_on_the_inputs_that_layers_see(model: Path) -> None:
+    source, tokens, times = Source(open_checkpoint(str(model))), calibration().tokens, 2.5
+    found = outlier_shares(source, tokens, times, lambda *_: None)
+    decoder, seen = load_decoder(source.checkpoint), dict[str, Tensor]()
+    for i, block in enumerate(decoder.blocks):
+        for role in ("q", "k", "v", "o", "gate", "up", "down"):
+            getattr(block, role).register_forward_pre_hook(
+                lambda _, args, name=f"{i} {role}": seen.__setitem__(name, args[0].double().flatten(0, -2))
+            )
+    decoder(tokens)
+    for i, block in enumerate(decoder.blocks):
+        outliers = weights = 0
+        for role in ("q", "k", "v", "o", "gate", "up", "down"):
+            scores = getattr(block, role).weight.double().abs() * seen[f"{i} {role}"].norm(dim=0)
+            outliers += int((scores > times * scores.mean()).sum())
+            weights += scores.numel()
+        assert found[i] == pytest.approx(outliers / weights, abs=2 / weights)  # a score at the very bound may fall
+
+
+def test_an_artifact_says_every_share_and_a_replay_measures_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_checkpoint(str(model))
+    stage = {"method": "wanda", "sparsity": 0.6, "allocate": "owl", "outlier": 2.5, "layers": {"down": 0.4}}
+    result = compress(source, recipe(stage), tmp_path / "out", calibration())
+    assert {layer["linear"] for layer in result.layers} >= {"q", "down"}
+    found = open_checkpoint(str(tmp_path / "out"))
+    zeros = {m: float((found.tensor(f"{m}.weight") == 0).float().mean()) for m in linear_shapes(source.config)}
+    assert all(share == pytest.approx(0.4, abs=1e-3) for m, share in zeros.items() if "down" in m)
+    others = {m: share for m, share in zeros.items() if "down" not in m}
+    assert 0.02 < max(others.values()) - min(others.values()) <= 0.161
+    assert sum(others.values()) / len(others) == pytest.approx(0.6, abs=2e-3)
+    monkeypatch.setattr(owl, "outlier_shares", None)  # to call it would be an error
+    again = load_recipe(tmp_path / "out", tmp_path)
+    compress(source, again, tmp_path / "again", calibration())
+    first, second = (tmp_path / name / "model.safetensors" for name in ("out", "again"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_outliers_of_a_model_that_others_change_first_are_not_measured(model: Path, tmp_path: Path) -> None:
+    stages = [{"method": "depth", "ratio": 0.5}, {"method": "wanda", "allocate": "owl"}]
+    with pytest.raises(RecipeError, match="begins with"):
+        compress(open_checkpoint(str(model)), recipe(*stages), tmp_path / "out", calibration())
+
+
 @pytest.mark.parametrize(
     ("stages", "words"),
     [
@@ -273,6 +346,8 @@ def _grid(stage: dict[str, Any]) -> dict[str, Any]:
         ([{"method": "wanda", "pattern": "1:4"}], "pattern"),
         ([{"method": "wanda", "layers": {"down": 1.5}}], "layers"),
         ([{"method": "wanda"}, {"method": "magnitude"}], "other forms"),
+        ([{"method": "wanda", "pattern": "2:4", "allocate": "owl"}], "one sparsity"),
+        ([{"method": "magnitude", "allocate": "owl"}], "allocate"),
         ([{"method": "gptq"}, {"method": "wanda"}], "quantized them before"),
     ],
 )

@@ -44,6 +44,22 @@ class PruneOptions(Options):
         return self
 
 
+class OWLOptions(PruneOptions):
+    """The same for methods that see inputs: they can measure what each block may lose."""
+
+    allocate: Literal["uniform", "owl"] = Field(
+        "uniform", description="owl: blocks with more outliers lose less; `sparsity` is the mean"
+    )
+    outlier: float = Field(5.0, gt=0, description="owl: a score so many times the mean of its layer is an outlier")
+    spread: float = Field(0.08, ge=0, lt=0.5, description="owl: how far a block's sparsity may be from the mean")
+
+    @model_validator(mode="after")
+    def _owl_is_free(self) -> OWLOptions:
+        if self.allocate == "owl" and self.pattern != "unstructured":
+            raise ValueError(f"pattern {self.pattern} has one sparsity: allocate owl is for unstructured")
+        return self
+
+
 class Pruner(LayerMethod):
     """A method that makes weights zero; what is left is stored without them, in the model's float dtype."""
 

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..method import Needs
 from ..quantize.gptq import inverse_factor
-from .masks import PATTERNS, PruneOptions, Pruner, lowest_of_all, lowest_of_groups
+from .masks import PATTERNS, OWLOptions, Pruner, lowest_of_all, lowest_of_groups
 
 BLOCK = 128
 """Columns among which weights are chosen at once, over all rows (the paper's B and B_s)."""
 
 
-class SparseGPTOptions(PruneOptions):
+class SparseGPTOptions(OWLOptions):
     damping: float = Field(0.01, gt=0, le=1, description="share of the mean diagonal added to the Hessian")
 
 

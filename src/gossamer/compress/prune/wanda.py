@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..method import Needs
-from .masks import Pruner
+from .masks import OWLOptions, Pruner
 
 
 class Wanda(Pruner):
@@ -17,6 +17,7 @@ class Wanda(Pruner):
 
     name = "wanda"
     needs = Needs.HESSIAN
+    Options = OWLOptions
 
     def prune(self, weight: Tensor, sparsity: float, hessian: Tensor | None) -> Tensor:
         """The float32 weight [out, in] without those of lowest score; ||x_j||^2 is the diagonal of `hessian`."""
