@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -67,7 +68,10 @@ def compress(
     try:
         with progress(quiet) as report:
             text = calibration_of(recipe, recipe_, checkpoint, report, quiet)
-            result = run(checkpoint, recipe_, out, text, progress=report, overwrite=overwrite, restart=restart)
+            sample = student_sampler(report)
+            result = run(
+                checkpoint, recipe_, out, text, progress=report, sample=sample, overwrite=overwrite, restart=restart
+            )
     except GossamerError as error:
         if record is not None:
             append_record(record, _failed(checkpoint, recipe_, out, error))
@@ -201,6 +205,21 @@ def calibration_of(
 
         memory = sampling_bytes(checkpoint, spec.sequences, spec.length)
     return Later(lambda: calibrate(spec, checkpoint, generate), memory)
+
+
+def student_sampler(report: Progress) -> Callable[[Path, int, int, int], Any]:
+    """What lets a model in training write text: (folder, sequences, length, seed) -> tokens."""
+
+    def sample(folder: Path, sequences: int, length: int, seed: int) -> Any:
+        from ..checkpoint import open_checkpoint
+        from ..engine import LLM
+
+        def step(label: str, done: int, total: int) -> None:
+            report("sampling text from the model in training", done, total)
+
+        return LLM(open_checkpoint(str(folder)), progress=report).sample_tokens(sequences, length, seed, progress=step)
+
+    return sample
 
 
 def _recorded(name: str, recipe: Recipe, checkpoint: Checkpoint, quiet: bool) -> Calibration | None:

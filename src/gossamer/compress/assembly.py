@@ -6,6 +6,7 @@ Knows units, the recipe that it records, and the folder's layout; computes nothi
 from __future__ import annotations
 
 import platform
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
@@ -69,6 +70,16 @@ def assemble(
             results=dict(results),
         )
         write_manifest(folder, manifest)
+
+
+def write_student(folder: Path, units: Units, base: Checkpoint, trained: Mapping[str, Tensor]) -> None:
+    """A model in training as a folder that an engine can open; `trained`: its tensors that are not those of units."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_config(folder, _hf_config(units))
+    write_companions(folder, base)
+    found = [whole(e.name, trained[e.name]) if e.name in trained else e for e in _entries(units)]
+    write_weights(folder, found)
 
 
 def versions() -> dict[str, str]:

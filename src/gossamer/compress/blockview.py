@@ -85,10 +85,11 @@ class BlockView:
 
     def given(self, role: str) -> dict[str, Tensor]:
         """Stored tensors of a linear layer as the part of the recipe was given them."""
-        self._known(role)
-        if self._given is not None and not isinstance(self._forms[role], Dense):
-            return self._given(role)
-        return {"weight": getattr(self.block, role).weight.detach().clone()}
+        form = self.form(role)
+        if isinstance(form, Dense):
+            return {"weight": getattr(self.block, role).weight.detach().to(form.dtype, copy=True)}
+        assert self._given is not None
+        return self._given(role)
 
     def put(self, role: str, codes: Codes) -> None:
         """Decide a linear layer: its float weight in the block becomes `codes.dequantize()`.

@@ -24,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..formats import Codebook, Codes, Format, Integer, nearest_group_size
+from ..errors import RecipeError
+from ..formats import Codebook, Codes, Format, Integer, LowRank, nearest_group_size
 from ..model import ModelConfig
 from .blockview import BlockView
 from .grids import grid_formats
@@ -412,6 +413,25 @@ class Tuner(StageMethod):
     needs = Needs.MODEL
     latent: ClassVar[bool] = False
     """True: the weights themselves are trained, by a straight-through estimator, and rounded again at the end."""
+
+    def check(self, linears: Mapping[str, Format]) -> None:
+        """Raises RecipeError unless it can train linear layers of these formats: here codes of whole matrices."""
+        for module, form in linears.items():
+            if isinstance(form, LowRank):
+                raise RecipeError(
+                    f"{self.name} trains codes of whole matrices, but {module} is two factors",
+                    hint=f"leave {self.name} away, or do not factorize",
+                )
+            if form.in_float is not None:
+                raise RecipeError(
+                    f"{self.name} trains what scales codes, but {module} is {form.name}",
+                    hint="distill and lora train weights that are stored in float",
+                )
+
+    @property
+    def samples(self) -> bool:
+        """True if it asks for text that the model in training writes: `model.sampled`."""
+        return False
 
     @abc.abstractmethod
     def tune(self, model: TunedModel) -> None:

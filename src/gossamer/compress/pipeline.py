@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,7 +27,7 @@ from ..checkpoint.manifest import read_manifest
 from ..checkpoint.memory import available_memory
 from ..errors import CompressionError, OutputExists, ResumeMismatch, UsageError
 from ..formats import Format
-from .assembly import CALIBRATION_FILE, assemble, versions
+from .assembly import CALIBRATION_FILE, assemble, versions, write_student
 from .blocks import Teacher, make_units
 from .calibration import Calibration
 from .factorize.allocation import settle_ranks
@@ -44,6 +45,8 @@ __all__ = ["CALIBRATION_FILE", "Later", "Result", "compress", "transformed", "ve
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)"""
+Sample = Callable[[Path, int, int, int], Tensor]
+"""(model folder, sequences, length, seed) -> tokens [sequences, length] that this model writes at temperature 1."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +80,14 @@ def compress(
     calibration: Calibration | Later | None = None,
     *,
     progress: Progress | None = None,
+    sample: Sample | None = None,
     overwrite: bool = False,
     restart: bool = False,
 ) -> Result:
     """Make `out` from a checkpoint by a recipe; a killed run is resumed by the same call.
 
     Raises OutputLocked, OutputExists, DoesNotFit and ResumeMismatch before any work; UsageError if the recipe needs a
-    calibration and none is given; ShapeMismatch, CompressionError, NumericalError.
+    calibration or samples of the model in training and none are given; ShapeMismatch, CompressionError, NumericalError.
     """
     progress, out = progress or (lambda *_: None), Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,7 @@ def compress(
         recipe, text = settle_ranks(view, *settle(view, recipe, calibration, progress), progress)
         recipe, text = settle_sparsity(view, recipe, text, progress)
         text = cast("Calibration | Later | None", text)
-        return _Run(checkpoint, recipe, out, text, progress).run(overwrite, restart)
+        return _Run(checkpoint, recipe, out, text, progress, sample).run(overwrite, restart)
 
 
 def transformed(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
@@ -116,9 +120,13 @@ class _Run:
         out: Path,
         calibration: Calibration | Later | None,
         progress: Progress,
+        sample: Sample | None,
     ) -> None:
         self.checkpoint, self.recipe, self.out, self.progress = checkpoint, recipe, out, progress
-        self.parts = recipe.parts()
+        self.parts, self.sample = recipe.parts(), sample
+        writers = [t.name for part in self.parts for t in part.tuners if t.samples]
+        if writers and sample is None:
+            raise UsageError(f"{writers[0]} learns from what the model in training writes, which needs an engine")
         if not recipe.needs_calibration():
             calibration = None
         elif calibration is None:
@@ -199,8 +207,16 @@ class _Run:
         for stage, tuner in enumerate(part.tuners):
             if not units.is_done(units.tuned[stage]):
                 assert tokens is not None
-                tune(units, stage, tuner, Source(self.checkpoint), tokens, self.progress, seed)
+                sampler = partial(self._sampled, units)
+                tune(units, stage, tuner, Source(self.checkpoint), tokens, self.progress, seed, sampler)
         return units, teacher
+
+    def _sampled(self, units: Units, trained: Mapping[str, Tensor], sequences: int, length: int, seed: int) -> Tensor:
+        """Tokens that a model in training writes: the engine reads it from a folder, as any other."""
+        assert self.sample is not None
+        folder = self.work / "student"
+        write_student(folder, units, self.checkpoint, trained)
+        return self.sample(folder, sequences, length, seed)
 
     def _reduced(
         self, reducer: Reducer, units: Units, tokens: Tensor | None, teacher: Teacher | None

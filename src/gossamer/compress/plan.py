@@ -124,6 +124,8 @@ def plan_part(
     stored = part.main.formats(config, before) if isinstance(part.main, WeightMethod) else {}
     formats = {**before, **stored}
     _check_factors(formats, part)
+    for tuner in part.tuners:
+        tuner.check({module: formats[module] for module in linear_shapes(config)})
     kinds: dict[str, Kind] = {m: "embedding" if m == family.embed else "linear" for m in formats}
     sizes = _stored_bytes(config, formats, dense)
     ends = [m for m in (family.embed, family.head) if m in stored]
@@ -163,11 +165,6 @@ def _check_factors(formats: Mapping[str, Format], part: Part) -> None:
         raise RecipeError(
             f"{part.main.name} works on whole matrices, but {factored} is two factors",
             hint="quantize factors by gptq, hqq or rtn",
-        )
-    if part.tuners:
-        raise RecipeError(
-            f"{part.tuners[0].name} trains codes of whole matrices, but {factored} is two factors",
-            hint=f"leave {part.tuners[0].name} away, or do not factorize",
         )
 
 
@@ -282,7 +279,7 @@ def _scratch(config: ModelConfig, part: Part, text: CalibrationSpec, stored: int
     weights = sum(_block_parameters(config, i) for i in range(config.num_layers))
     stream = 4 * text.sequences * text.length * config.hidden_size
     gradients = 4 * weights + (config.num_layers + 2) * stream if part.main.needs is Needs.GRADIENT else 0
-    training = sum(stored + 2 * (12 * weights if t.latent else 12 * weights // 32) + stream for t in part.tuners)
+    training = sum(stored + 2 * (16 * weights if t.latent else 12 * weights // 32) + stream for t in part.tuners)
     return gradients + training
 
 

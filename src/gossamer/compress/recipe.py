@@ -237,6 +237,13 @@ def _check_order(methods: list[Method]) -> None:
                 f"stage {named[i]} brings back what earlier stages lost, but it is the first",
                 hint=f"put a stage that prunes or factorizes before {method.name}",
             )
+        turned = [at for at in range(i) if not getattr(methods[at], "keeps_stream", True)]
+        if method.family == "distill" and turned:
+            raise RecipeError(
+                f"stage {named[i]} compares blocks with the original's, but stage {named[turned[0]]} has changed what "
+                "the stream between them means",
+                hint=f"recover end to end (distill, lora), or put {methods[turned[0]].name} behind {method.name}",
+            )
         if not isinstance(method, Tuner):
             for at in before:
                 _check_pair(methods[at], method, named[at], named[i])

@@ -82,6 +82,8 @@ class TunedLinear(nn.Module):
         """Rows [.., in] of the weight [out, in] for tokens [..]: what an embedding gives."""
         if self._dense is not None:
             return F.embedding(tokens, self._dense)
+        if self.stored_floats is not None:
+            return F.embedding(tokens, self.stored_floats())
         rows = tokens.flatten()
         if self.latent is not None:
             return self._rounded(self.latent, rows).view(*tokens.shape, -1)

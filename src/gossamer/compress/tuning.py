@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from .units import Units
 
 Progress = Callable[[str, int, int], None]
+Sampler = Callable[[Mapping[str, Tensor], int, int, int], Tensor]
+"""(stored tensors of a model in training, sequences, length, seed) -> tokens [sequences, length] that it writes."""
 FILE_PREFIX = "file:"
 """Before the name of a tensor whose bytes are a file of the output, not a tensor of the model."""
 
@@ -42,7 +44,14 @@ class TunedModel(nn.Module):
     """
 
     def __init__(
-        self, units: Units, teacher: Source, tokens: Tensor, progress: Progress, stage: int, seed: int
+        self,
+        units: Units,
+        teacher: Source,
+        tokens: Tensor,
+        progress: Progress,
+        stage: int,
+        seed: int,
+        sampler: Sampler | None = None,
     ) -> None:
         super().__init__()
         self.config = units.source.config
@@ -56,7 +65,7 @@ class TunedModel(nn.Module):
         """For what a tuner draws before it trains. What is drawn later must follow from the step, or be saved."""
         self.files: dict[str, bytes] = {}
         """Name -> content of files that the output folder gets besides the model, such as an adapter."""
-        self._units, self._source = units, units.source
+        self._units, self._source, self._sampler = units, units.source, sampler
         self._state_unit = f"tuning-{stage}"
         self._teacher = _Teacher(teacher, tokens)
         files = units.where()
@@ -90,6 +99,15 @@ class TunedModel(nn.Module):
         The hidden states of calibration sequences are computed once, a block at a time; those of others every time.
         """
         return self._teacher.logits(tokens, positions)
+
+    def sampled(self, sequences: int, length: int, seed: int) -> Tensor:
+        """Tokens [sequences, length] that the model as it stands writes at temperature 1 from its start token."""
+        assert self._sampler is not None
+        return self._sampler(dict(self.stored()), sequences, length, seed)
+
+    def remember(self, tokens: Tensor) -> None:
+        """Have the original's hidden states for these sequences, too, until others are remembered."""
+        self._teacher.remember(tokens)
 
     def linears(self) -> dict[str, TunedLinear]:
         """Module name -> linear layer of the blocks, in the model's order."""
@@ -275,18 +293,24 @@ class _Teacher:
     def __init__(self, source: Source, tokens: Tensor) -> None:
         self._source, self._tokens = source, tokens
         self._known: dict[bytes, Tensor] = {}
+        self._remembered: dict[bytes, Tensor] = {}
         self._ends: tuple[nn.Module, Tensor] | None = None
 
     @torch.no_grad()
     def logits(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         if not self._known:
             self._known = dict(zip(map(_key, self._tokens), self._hidden(self._tokens), strict=True))
-        new = [row for row in tokens if _key(row) not in self._known]
-        fresh = dict(zip(map(_key, new), self._hidden(torch.stack(new)), strict=True)) if new else {}
-        hidden = torch.stack([self._known.get(_key(row), fresh.get(_key(row))) for row in tokens])  # type: ignore[misc]
+        known = self._known | self._remembered
+        new = [row for row in tokens if _key(row) not in known]
+        known |= dict(zip(map(_key, new), self._hidden(torch.stack(new)), strict=True)) if new else {}
+        hidden = torch.stack([known[_key(row)] for row in tokens])
         norm, head = self._norm_and_head()
         logits = F.linear(norm(hidden if positions is None else hidden[:, positions]), head)
         return softcap(logits, self._source.config.final_softcap)
+
+    @torch.no_grad()
+    def remember(self, tokens: Tensor) -> None:
+        self._remembered = dict(zip(map(_key, tokens), self._hidden(tokens), strict=True))
 
     def _norm_and_head(self) -> tuple[nn.Module, Tensor]:
         if self._ends is None:
@@ -307,10 +331,17 @@ def _key(row: Tensor) -> bytes:
 
 
 def tune(
-    units: Units, stage: int, tuner: Tuner, teacher: Source, tokens: Tensor, progress: Progress, seed: int
+    units: Units,
+    stage: int,
+    tuner: Tuner,
+    teacher: Source,
+    tokens: Tensor,
+    progress: Progress,
+    seed: int,
+    sampler: Sampler | None = None,
 ) -> None:
     """Run tuner number `stage` over the finished units, and make what it leaves behind a unit of its own."""
-    model = TunedModel(units, teacher, tokens, progress, stage, seed)
+    model = TunedModel(units, teacher, tokens, progress, stage, seed, sampler)
     with torch.enable_grad():
         tuner.tune(model)
     tensors = dict(model.stored())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,29 +15,25 @@ from torch import Tensor
 
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.load import load_decoder
-from gossamer.compress import registry, tune
+from gossamer.compress import tune
 from gossamer.compress.calibration import Calibration, token_hash
 from gossamer.compress.distill.losses import forward_kl, jensen_shannon, reverse_kl
-from gossamer.compress.distill.whole import DistillOptions, RecoverOptions, within_budget
+from gossamer.compress.distill.whole import DistillOptions, RecoverOptions, Response, within_budget
 from gossamer.compress.floatweight import FloatWeight
 from gossamer.compress.pipeline import compress
 from gossamer.compress.recipe import parse_recipe
 from gossamer.compress.tuning import TunedModel
-from gossamer.errors import CompressionError, NumericalError
+from gossamer.errors import CompressionError, NumericalError, RecipeError, UsageError
 from gossamer.formats import Dense, Integer
-from reducers import Cut
 from tiny_llama import make_folder
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 8}
-NARROW = {"method": "test-cut", "channels": 40}
+NARROW = {"method": "wanda-sp", "ratio": 0.25, "heads": "keep", "multiple": 8}
+SPARSE = {"method": "magnitude"}
+LOW_RANK = {"method": "svd", "ratio": 0.6, "multiple": 4, "min_rank": 4}
 DISTILL: dict[str, Any] = {"method": "distill", "learning_rate": 0.01, "norm_rate": 1e-3}
 LORA: dict[str, Any] = {"method": "lora", "learning_rate": 2e-3, "norm_rate": 1e-3, "rank": 8}
 BOTH = [pytest.param(stage, id=stage["method"]) for stage in (DISTILL, LORA)]
-
-
-@pytest.fixture(autouse=True)
-def with_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.METHODS, Cut.name, Cut)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +45,13 @@ def tokens(sequences: int = 48, seed: int = 0) -> Tensor:
     return torch.randint(0, 300, (sequences, 24), generator=torch.Generator().manual_seed(seed))
 
 
-def run(model: Path, out: Path, *stages: dict[str, Any]) -> Path:
+def run(model: Path, out: Path, *stages: dict[str, Any], sample: Any = None) -> Path:
     text = {"source": "self", "sequences": 48, "length": 24}
     trained = [{"batch_size": 8, "tokens": 8 * 24 * 20, **s} if s in (DISTILL, LORA) else s for s in stages]
     recipe = parse_recipe({"version": 1, "name": "r", "calibration": text, "stages": trained}, "test")
     record = {"kind": "self", "sha256": token_hash(tokens()), "sequences": 48, "length": 24, "seed": 0}
     calibration = Calibration(tokens(), {**record, "line_hashes": [], "details": {"source": "self"}})
-    compress(open_checkpoint(model), recipe, out, calibration)
+    compress(open_checkpoint(model), recipe, out, calibration, sample=sample)
     return out
 
 
@@ -127,6 +124,19 @@ def test_a_narrower_model_comes_nearer_to_the_original_on_text_that_it_has_not_s
     assert {name: (t.dtype, t.shape) for name, t in weights(out).items()} == shapes
 
 
+@pytest.mark.parametrize("stage", [SPARSE, LOW_RANK], ids=lambda stage: stage["method"])
+def test_other_forms_of_float_are_trained_as_they_are(model: Path, tmp_path: Path, stage: dict[str, Any]) -> None:
+    before, after = run(model, tmp_path / "a", stage), run(model, tmp_path / "b", stage, DISTILL)
+    assert divergence(model, after) < 0.9 * divergence(model, before)
+    first, last = weights(before), weights(after)
+    assert {name: (t.dtype, t.shape) for name, t in first.items()} == {
+        name: (t.dtype, t.shape) for name, t in last.items()
+    }
+    assert all(torch.equal(first[name], last[name]) for name in first if name.endswith("weight_mask"))
+    with pytest.raises(RecipeError, match="lora merges into whole matrices"):
+        run(model, tmp_path / "c", stage, LORA)
+
+
 @pytest.mark.parametrize("tuner", BOTH)
 def test_all_weights_learn_but_those_of_embedding_and_head(model: Path, tmp_path: Path, tuner: dict[str, Any]) -> None:
     before, after = weights(run(model, tmp_path / "a", NARROW)), weights(run(model, tmp_path / "b", NARROW, tuner))
@@ -175,8 +185,8 @@ def test_training_ends_once_the_sequences_kept_back_gain_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[int] = []
-    response = tune.response
-    monkeypatch.setattr(tune, "response", lambda *a: steps.append(1) or response(*a))
+    loss = tune.Objective.loss
+    monkeypatch.setattr(tune.Objective, "loss", lambda *a: steps.append(1) or loss(*a))
     worse = LORA | {"learning_rate": 10.0, "check_every": 2, "patience": 2}
     run(model, tmp_path / "out", NARROW, worse)
     assert len(steps) == 4
@@ -191,10 +201,17 @@ def test_the_budget_of_tokens_is_never_exceeded() -> None:
 
 @pytest.mark.parametrize("tuner", BOTH)
 def test_codes_are_refused(model: Path, tmp_path: Path, tuner: dict[str, Any]) -> None:
-    with pytest.raises(
-        CompressionError, match=rf"{tuner['method']} trains float weights, but model\.layers\.0.* is int4"
-    ):
+    reason = rf"{tuner['method']} trains float weights, but model\.layers\.0.* is int4"
+    with pytest.raises(RecipeError, match=reason):
         run(model, tmp_path / "out", {"method": "rtn", "group_size": 32}, tuner)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["scales", "qat", "qlora"])
+def test_what_trains_codes_is_refused_where_there_are_none(model: Path, tmp_path: Path, method: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{method} trains what scales codes, but model\.layers\.0.* is fp32"):
+        run(model, tmp_path / "out", NARROW, {"method": method})
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_float_weight_is_what_is_stored_until_it_is_trained_and_named_when_it_is_not_finite() -> None:
@@ -222,3 +239,82 @@ def test_a_float_weight_is_what_is_stored_until_it_is_trained_and_named_when_it_
 def test_bad_options_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         DistillOptions(**bad)
+
+
+def write_text(folder: Path, sequences: int, length: int, seed: int) -> Tensor:
+    """Tokens that the model in a folder writes at temperature 1, without a cache."""
+    decoder, generator = load_decoder(open_checkpoint(folder)), torch.Generator().manual_seed(seed)
+    found = torch.zeros(sequences, 1, dtype=torch.int64)
+    for _ in range(length):
+        p = decoder(found, last_only=True)[:, 0].softmax(-1)
+        found = torch.cat([found, torch.multinomial(p, 1, generator=generator)], dim=1)
+    return found[:, 1:].clone()
+
+
+ON_POLICY = DISTILL | {"on_policy": 0.5, "refresh": 2, "batch_size": 4, "tokens": 24 * 4 * 5, "save_every": 1}
+
+
+def test_the_model_in_training_writes_as_it_stands_and_a_killed_run_knows_what_it_wrote(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[int, int, int]] = []
+    students: list[dict[str, Tensor]] = []
+
+    def sample(folder: Path, sequences: int, length: int, seed: int) -> Tensor:
+        calls.append((sequences, length, seed - (1 << 32)))
+        students.append(weights(folder))
+        return write_text(folder, sequences, length, seed)
+
+    before = weights(run(model, tmp_path / "cut", NARROW))
+    whole = files(run(model, tmp_path / "whole", NARROW, ON_POLICY, sample=sample))
+    assert calls == [(4, 24, 0), (4, 24, 2), (4, 24, 4)]  # refresh * batch_size * on_policy sequences
+    assert all(torch.equal(students[0][name], before[name]) for name in before)
+    assert not torch.equal(
+        students[1]["model.layers.0.mlp.up_proj.weight"], before["model.layers.0.mlp.up_proj.weight"]
+    )
+
+    class Stopped(Exception):
+        pass
+
+    save = TunedModel.save
+
+    def save_and_stop(self: TunedModel, *arguments: Any, **named: Any) -> None:
+        save(self, *arguments, **named)
+        raise Stopped
+
+    monkeypatch.setattr(TunedModel, "save", save_and_stop)
+    stops = 0
+    while not (tmp_path / "out").exists():
+        try:
+            run(model, tmp_path / "out", NARROW, ON_POLICY, sample=write_text)
+        except Stopped:
+            stops += 1
+        assert stops < 10
+    assert stops == 4
+    assert files(tmp_path / "out") == whole
+
+
+def test_text_of_its_own_makes_the_model_better_too(model: Path, tmp_path: Path) -> None:
+    own = DISTILL | {"on_policy": 1.0, "refresh": 8, "batch_size": 8, "tokens": 8 * 24 * 16}
+    before = divergence(model, run(model, tmp_path / "cut", NARROW))
+    assert divergence(model, run(model, tmp_path / "own", NARROW, own, sample=write_text)) < 0.95 * before
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_so_many_of_the_sequences_are_the_models_own(share: float) -> None:
+    remembered: list[Tensor] = []
+    writer: Any = SimpleNamespace(
+        sampled=lambda sequences, length, seed: torch.full((sequences, length), 7), remember=remembered.append
+    )
+    response = Response(DistillOptions(on_policy=share, refresh=50))
+    mixed = torch.cat([response._mixed(writer, step, torch.zeros(8, 3).long()) for step in range(100)])
+    own = (mixed == 7).all(1)
+    assert ((mixed == 0).all(1) | own).all()
+    assert abs(float(own.float().mean()) - share) < 0.05  # of 800: over three standard deviations
+    assert len(remembered) == 2
+
+
+def test_text_of_the_model_in_training_needs_an_engine(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="distill learns from what the model in training writes"):
+        run(model, tmp_path / "out", NARROW, ON_POLICY)
+    assert not list(tmp_path.iterdir())

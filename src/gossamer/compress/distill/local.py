@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...errors import CompressionError, NumericalError
+from ...errors import NumericalError
 from ...formats import Dense, Format
 from ...model import ModelConfig
 from ..blockview import BlockView
@@ -26,6 +26,7 @@ from ..grids import linear_shapes
 from ..method import BlockMethod, Options, StageMethod
 from ..walk import TOKENS_AT_ONCE
 from .losses import cosine_distance, relative_error
+from .whole import not_float
 
 DAMPINGS = (0.03, 0.3, 3.0)
 """Tried for least squares: a weight solved from few tokens fits them too well without any."""
@@ -69,11 +70,12 @@ class RecoverLocal(StageMethod, BlockMethod):
         return self.options.inputs != "student"
 
     def formats(self, config: ModelConfig, before: Mapping[str, Format]) -> dict[str, Format]:
-        """As they were. Raises CompressionError for a weight that is not stored in float."""
-        for module in linear_shapes(config):
-            if before[module].in_float is None:
-                raise CompressionError(f"{self.name} trains float weights, but {module} is {before[module].name}")
-        return {module: before[module] for module in linear_shapes(config)}
+        """As they were. Raises RecipeError for a weight that is not stored in float."""
+        formats = {module: before[module] for module in linear_shapes(config)}
+        for module, form in formats.items():
+            if form.in_float is None:
+                raise not_float(self.name, module, form)
+        return formats
 
     def compress(self, view: BlockView) -> None:
         """Train a block and store it. Raises NumericalError if its inputs or targets are not finite."""

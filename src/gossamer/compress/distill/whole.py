@@ -1,18 +1,25 @@
 """Response distillation: the whole model learns the original's next-token distributions, every float weight of it.
 
 The loss is a divergence at a temperature: forward KL (Hinton et al., arXiv 1503.02531), reverse KL (arXiv 2306.08543)
-or Jensen-Shannon's (arXiv 2306.13649). The original's last hidden states are computed once and kept, not its logits.
+or Jensen-Shannon's (arXiv 2306.13649), on calibration text and, if asked, on what the model in training writes itself
+(generalized knowledge distillation, the same paper). Of the original, last hidden states are kept, not logits.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ...errors import CompressionError
-from ..tune import ModelTuner, TuneOptions, distill, groups_of, logits_of
+from ...errors import RecipeError
+from ...formats import Format
+from ...model import ModelConfig
+from ..method import block_weights
+from ..tune import ModelTuner, Objective, TuneOptions, distill, groups_of, logits_of
 from ..tuning import TunedModel
 from .losses import forward_kl, jensen_shannon, reverse_kl
 
@@ -51,6 +58,11 @@ class DistillOptions(RecoverOptions):
     temperature: float = Field(default=1.0, gt=0, le=100, description="of both distributions")
     learning_rate: float = Field(default=1e-3, ge=0, description="of weights, relative to their mean size in a layer")
 
+    on_policy: float = Field(
+        default=0.0, ge=0, le=1, description="share of the sequences that the model in training writes itself (GKD)"
+    )
+    refresh: int = Field(default=32, ge=1, le=100_000, description="on_policy: steps between two times of writing")
+
     @model_validator(mode="after")
     def _used(self) -> DistillOptions:
         if self.beta != 0.5 and self.loss != "jensen-shannon":
@@ -75,24 +87,74 @@ class Distill(ModelTuner):
     options: DistillOptions
 
     def tune(self, model: TunedModel) -> None:
-        """Train everything. Raises CompressionError if no weight is stored in float, NumericalError."""
+        """Train everything. Raises NumericalError if a weight is not finite in the end."""
         o = self.options
-        require_floats(model, self.name)
         model.trainable(scales=False, floats=True, norms=o.norms, biases=o.norms)
         groups = groups_of(model, floats=o.learning_rate, weight=o.norm_rate, bias=o.norm_rate)
 
-        def objective(model: TunedModel, tokens: Tensor, positions: Tensor) -> Tensor:
-            return o.divergence(*logits_of(model, tokens, positions)).mean()
+        distill(model, groups, within_budget(o, len(model.tokens), model.tokens.shape[1]), Response(o))
 
-        distill(model, groups, within_budget(o, len(model.tokens), model.tokens.shape[1]), objective)
+    def check(self, linears: Mapping[str, Format]) -> None:
+        """Whatever stores floats can be trained: matrices, factors, what a mask leaves."""
+        for module, form in linears.items():
+            if form.in_float is None:
+                raise not_float(self.name, module, form)
+
+    @property
+    def samples(self) -> bool:
+        return self.options.on_policy > 0
+
+    def peak_bytes(self, config: ModelConfig, sequences: int, length: int) -> int:
+        """That of every tuner of weights, of the best so far, and of the model that an engine reads to write text."""
+        ends = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
+        written = 6 * (block_weights(config) + ends) if self.samples else 0
+        return super().peak_bytes(config, sequences, length) + 8 * block_weights(config) + written
 
 
-def require_floats(model: TunedModel, method: str) -> None:
-    """Raises CompressionError naming a linear layer that is stored as codes."""
-    for name, layer in model.linears().items():
-        if layer.stored_floats is None:
-            assert layer.form is not None
-            raise CompressionError(
-                f"{method} trains float weights, but {name} is {layer.form.name}",
-                hint=f"put {method} before what quantizes, or take scales, qat or qlora",
-            )
+class Response(Objective):
+    """The options' divergence, on calibration text and on what the model in training has written lately.
+
+    What it writes is what it will be run on, with its own mistakes in it (GKD: arXiv 2306.13649).
+    """
+
+    def __init__(self, options: DistillOptions) -> None:
+        self._options = options
+        self._written: Tensor | None = None
+        """[sequences, time]"""
+
+    def loss(self, model: TunedModel, step: int, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self._options.on_policy:
+            tokens = self._mixed(model, step, tokens)
+        return self._options.divergence(*logits_of(model, tokens, positions)).mean()
+
+    def extra(self) -> dict[str, Tensor]:
+        return {} if self._written is None else {"written": self._written}
+
+    def restore(self, model: TunedModel, extra: Mapping[str, Tensor]) -> None:
+        self._written = extra.get("written")
+        if self._written is not None:
+            model.remember(self._written)
+
+    def _mixed(self, model: TunedModel, step: int, tokens: Tensor) -> Tensor:
+        """Tokens [sequences, time], some of them the model's own; which ones follows from the step alone."""
+        o, draw = self._options, torch.Generator().manual_seed(step)
+        if step % o.refresh == 0:
+            count = math.ceil(o.refresh * len(tokens) * o.on_policy)
+            self._written = model.sampled(count, tokens.shape[1], FIRST_SEED + step)
+            model.remember(self._written)
+        assert self._written is not None
+        own = torch.rand(len(tokens), 1, generator=draw) < o.on_policy
+        rows = torch.randint(len(self._written), (len(tokens),), generator=draw)
+        return torch.where(own, self._written[rows], tokens)
+
+
+FIRST_SEED = 1 << 32
+"""Of what a model in training writes: no calibration that is made in passing has it."""
+
+
+def not_float(method: str, module: str, form: Format) -> RecipeError:
+    """The error of a method that trains floats where codes are."""
+    return RecipeError(
+        f"{method} trains float weights, but {module} is {form.name}",
+        hint=f"put {method} before what quantizes, or take scales, qat or qlora",
+    )

@@ -8,7 +8,7 @@ arXiv 2305.17888). Knows a TunedModel and parameters; knows no method's choice o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -108,8 +108,19 @@ class Tuned:
     steps: int
 
 
-Objective = Callable[[TunedModel, Tensor, Tensor], Tensor]
-"""(model, tokens [sequences, time], positions) -> the loss of a step."""
+class Objective:
+    """The loss of a step: here the KL divergence from the original."""
+
+    def loss(self, model: TunedModel, step: int, tokens: Tensor, positions: Tensor) -> Tensor:
+        """A number with a gradient, for calibration tokens [sequences, time] and some of their positions."""
+        return kl_divergence(*logits_of(model, tokens, positions)).mean()
+
+    def extra(self) -> dict[str, Tensor]:
+        """What `restore` needs besides the number of the step."""
+        return {}
+
+    def restore(self, model: TunedModel, extra: Mapping[str, Tensor]) -> None:
+        """Go on where a training was saved."""
 
 
 def distill(
@@ -119,8 +130,9 @@ def distill(
 
     The parameters are left at the better of start and end by sequences that were not trained on (unless there are
     fewer than eight), or at the best that was seen if the options have a patience: a training that diverges changes
-    nothing. Without an `objective`, the loss is the KL divergence from the original.
+    nothing.
     """
+    objective = objective or Objective()
     groups = [group for group in groups if group["params"] and group["rate"]]
     model.recompute = options.recompute
     training, judging = (model.tokens[rows] for rows in parted(len(model.tokens)))
@@ -132,7 +144,8 @@ def distill(
     optimizer = torch.optim.Adam(groups, lr=0.0, betas=(0.9, 0.95), eps=1e-12, fused=True)
     first, extra = model.restore(optimizer)
     best.restore(extra)
-    taken = _train(model, optimizer, plan, first, options, best, objective or response)
+    objective.restore(model, extra)
+    taken = _train(model, optimizer, plan, first, options, best, objective)
     best.look()
     best.take()
     return Tuned(before, best.value, taken)
@@ -197,20 +210,15 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * cosine(done) * min(1.0, (step + 1) / WARM_UP)
         with torch.enable_grad():
-            objective(model, *plan[step]).backward()  # type: ignore[no-untyped-call]
+            objective.loss(model, step, *plan[step]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if options.patience is not None and (step + 1) % options.check_every == 0:
             best.look()
         if (step + 1) % options.save_every == 0 and step + 1 < len(plan):
-            model.save(step + 1, optimizer, best.extra())
+            model.save(step + 1, optimizer, best.extra() | objective.extra())
     model.progress("tuning", len(plan), len(plan))
     return len(plan)
-
-
-def response(model: TunedModel, tokens: Tensor, positions: Tensor) -> Tensor:
-    """Mean KL divergence from the original at these positions."""
-    return kl_divergence(*logits_of(model, tokens, positions)).mean()
 
 
 @torch.no_grad()

@@ -5,12 +5,14 @@ A layer's weight W gets an addition B A of rank r, trained beside it: A [r, in] 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from pydantic import Field
 
-from ...errors import CompressionError
-from ...formats import Dense
+from ...errors import RecipeError
+from ...formats import Dense, Format
 from ...model import ModelConfig
-from ..distill.whole import RecoverOptions, require_floats, within_budget
+from ..distill.whole import RecoverOptions, not_float, within_budget
 from ..tuning import TunedModel
 from . import ModelTuner, distill, groups_of
 from .qlora import Adapter
@@ -29,16 +31,9 @@ class LoRA(ModelTuner):
     options: LoRAOptions
 
     def tune(self, model: TunedModel) -> None:
-        """Train the adapters and merge them. Raises CompressionError for weights that are not dense, NumericalError."""
+        """Train the adapters and merge them. Raises NumericalError if a weight is not finite in the end."""
         o = self.options
-        require_floats(model, self.name)
-        for name, layer in model.linears().items():
-            if not isinstance(layer.form, Dense):
-                assert layer.form is not None
-                raise CompressionError(
-                    f"{self.name} merges into whole matrices, but {name} is {layer.form.name}",
-                    hint=f"distill trains the weights of {layer.form.name} themselves",
-                )
+        for layer in model.linears().values():
             layer.extra = Adapter(layer.weight(), o.rank, model.generator)
         model.trainable(scales=False, norms=o.norms)
         groups = groups_of(model, a=o.learning_rate, b=o.learning_rate, weight=o.norm_rate)
@@ -48,6 +43,17 @@ class LoRA(ModelTuner):
             assert layer.stored_floats is not None
             layer.stored_floats.put(layer.weight() + layer.extra.b.detach() @ layer.extra.a.detach())
             layer.extra = None
+
+    def check(self, linears: Mapping[str, Format]) -> None:
+        """Adapters are merged into whole matrices in float."""
+        for module, form in linears.items():
+            if form.in_float is None:
+                raise not_float(self.name, module, form)
+            if not isinstance(form, Dense):
+                raise RecipeError(
+                    f"{self.name} merges into whole matrices, but {module} is {form.name}",
+                    hint="distill trains what is stored of it",
+                )
 
     def peak_bytes(self, config: ModelConfig, sequences: int, length: int) -> int:
         """That of every tuner, and of Adam over the adapters."""
