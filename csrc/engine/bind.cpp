@@ -165,6 +165,14 @@ void keep(PackedMatrix& weight, Ints rows, Ints columns, Array<const float, 1> v
   keep_beside(weight, int64_t(count), rows.data(), columns.data(), values.data());
 }
 
+// Makes a weight the second of two factors.
+void after(PackedMatrix& weight, Weight first) {
+  require(first && first->matrix.rows == weight.matrix.columns, "the first factor has no row for each column");
+  require(!weight.first && !first->first && first.get() != &weight, "a weight has two factors at most");
+  require(!weight.turns && !first->turns, "the rows of factors are in order");
+  weight.first = std::move(first);
+}
+
 template <class T>
 Weight packed_dense(std::shared_ptr<Arena> arena, const std::vector<Array<const T, 2>>& given, bool interleave,
                     int threads) {
@@ -194,6 +202,7 @@ Weight packed_dense(std::shared_ptr<Arena> arena, const std::vector<Array<const 
 void linear(const PackedMatrix& weight, Array<const float, 2> x, bool exact, int threads, Array<float, 2> y) {
   const Matrix& m = weight.matrix;
   const int64_t tokens = x.shape(0), width = m.blocks * BlockColumns;
+  require(!weight.first, "two factors are multiplied by a model alone");
   require(int64_t(x.shape(1)) == m.columns, "x does not fit the weight");
   require(int64_t(y.shape(0)) == tokens && int64_t(y.shape(1)) == m.rows, "y does not fit x and the weight");
   require(m.tiles * TileRows < m.rows + TileRows, "a weight in turns of tiles has no rows of its own");
@@ -223,6 +232,7 @@ void linear(const PackedMatrix& weight, Array<const float, 2> x, bool exact, int
 
 void rows_of(const PackedMatrix& weight, Ints rows, Array<float, 2> out) {
   const Matrix& m = weight.matrix;
+  require(!weight.first, "two factors have no rows");
   require(out.shape(0) == rows.shape(0) && int64_t(out.shape(1)) == m.columns, "out does not fit the rows");
   require(m.tiles * TileRows < m.rows + TileRows, "a weight in turns of tiles has no rows of its own");
   std::vector<float> row(m.blocks * BlockColumns);
@@ -420,6 +430,7 @@ void bind_engine(nb::module_& m) {
                      return m.tiles * m.tile_bytes + factors + int64_t(w.sparse_bytes);
                    })
       .def("keep", keep, nb::arg("rows").noconvert(), nb::arg("columns").noconvert(), nb::arg("values").noconvert())
+      .def("after", after, nb::arg("first"))
       .def("linear", linear, nb::arg("x").noconvert(), nb::arg("exact"), nb::arg("threads"),
            nb::arg("y").noconvert())
       .def("take", rows_of, nb::arg("rows").noconvert(), nb::arg("out").noconvert());

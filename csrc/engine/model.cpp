@@ -77,6 +77,19 @@ struct Input {
   const NormWeights* norm;  // or null
 };
 
+// What a phase multiplies: weights that read the same input, and where their products go.
+struct Product {
+  const PackedMatrix* weight;
+  Epilogue epilogue;
+};
+
+// Columns that the products of first factors take, one after another.
+int64_t middle_columns(const std::vector<Weight>& weights) {
+  int64_t total = 0;
+  for (const Weight& w : weights) total += w->first ? w->first->matrix.tiles * TileRows : 0;
+  return total;
+}
+
 }  // namespace
 
 struct Model::Layer {
@@ -84,7 +97,7 @@ struct Model::Layer {
   int64_t q_size, kv_size, group;
   int64_t q_at, k_at, v_at, qkv_stride;    // columns of the buffer that takes the products of q, k and v
   std::vector<int64_t> qkv_at;             // where each weight's products go
-  int64_t ffn_stride;
+  int64_t ffn_stride, middle_stride;
 };
 
 // A piece of attention: some query tokens of one sequence, the heads that share a key-value head, and parts of the context.
@@ -115,8 +128,8 @@ struct Model::Run {
   std::vector<Plan> plans;
   std::vector<int> plan_of;  // [layers]
 
-  int64_t stride = 0, qkv_stride = 0, mixed_stride = 0, ffn_stride = 0;
-  Buffer<float> x, qkv, mixed, ffn, ffn_up, cosine, sine, partial, rows;
+  int64_t stride = 0, qkv_stride = 0, mixed_stride = 0, ffn_stride = 0, middle_stride = 0;
+  Buffer<float> x, qkv, mixed, ffn, ffn_up, middle, cosine, sine, partial, rows;
   Ready shared;
   std::vector<std::unique_ptr<Ready>> own;
   std::vector<std::unique_ptr<Buffer<float>>> scratch;
@@ -138,17 +151,8 @@ struct Model::Run {
 
   int64_t tokens() const { return step->token_count; }
   bool evenly(int64_t tokens) const { return tokens < dynamic_tokens; }
+  void apply(const ModelShape&, const Input&, const std::vector<Product>&, Rank&, int preparing, int multiplying);
 };
-
-namespace {
-
-// What a phase multiplies: weights that read the same input, and where their products go.
-struct Product {
-  const PackedMatrix* weight;
-  Epilogue epilogue;
-};
-
-}  // namespace
 
 static Epilogue to(Epilogue::What what, float* y, int64_t stride, const Floats* bias, int64_t rows) {
   Epilogue e{};
@@ -234,6 +238,38 @@ static void multiply(const Ops& ops, bool exact, const std::vector<Product>& pro
   });
 }
 
+// Multiplies an input by weights that all read it; one that is two factors, by the first and what comes out of it by the
+// second. All threads have the products at its end. Its time counts as the phases `preparing` and `multiplying`.
+void Model::Run::apply(const ModelShape& shape, const Input& in, const std::vector<Product>& products, Rank& rank,
+                       int preparing, int multiplying) {
+  const bool alone = tokens() <= redundant_tokens, even = evenly(tokens());
+  Ready& ready = alone ? *own[rank.id] : shared;
+  Acts acts[3];
+  std::vector<Product> firsts = products;
+  int64_t at = 0;
+  for (Product& p : firsts) {
+    if (!p.weight->first) continue;
+    const PackedMatrix& first = *p.weight->first;
+    const int64_t rows = first.matrix.tiles * TileRows;
+    p = {&first, to(Epilogue::store, middle.data() + at, middle_stride, nullptr, rows)};
+    at += rows;
+  }
+  prepare(*ops, options.exact, shape, in, tokens(), firsts, ready, rank, alone, acts);
+  spent(rank, preparing);
+  multiply(*ops, options.exact, firsts, acts, rank, even);
+  at = 0;
+  for (const Product& p : products) {
+    if (!p.weight->first) continue;
+    if (at == 0 || !alone) rank.barrier();  // what came out of the first is there; what all share may be written anew
+    const Input between{middle.data() + at, middle_stride, p.weight->matrix.columns, nullptr};
+    prepare(*ops, options.exact, shape, between, tokens(), {p}, ready, rank, alone, acts);
+    multiply(*ops, options.exact, {p}, acts, rank, even);
+    at += p.weight->first->matrix.tiles * TileRows;
+  }
+  rank.barrier();
+  spent(rank, multiplying);
+}
+
 Model::Model(ModelShape s, Weight embedding, Weight head, NormWeights final_norm)
     : shape(std::move(s)), embedding_(std::move(embedding)), head_(std::move(head)), run_(new Run) {
   require(shape.hidden_size > 0 && shape.vocab_size > 0 && shape.max_positions > 0, "the model is empty");
@@ -243,6 +279,7 @@ Model::Model(ModelShape s, Weight embedding, Weight head, NormWeights final_norm
   for (const Weight& w : {embedding_, head_}) {
     require(w && w->matrix.columns == shape.hidden_size && w->matrix.rows == shape.vocab_size,
             "embedding and head must be [vocab_size, hidden_size]");
+    require(!w->first, "embedding and head cannot be two factors");
   }
   final_norm_ = padded_norm(std::move(final_norm), shape.hidden_size, "the final norm");
 }
@@ -265,7 +302,7 @@ void Model::add_layer(LayerWeights w) {
   layer->group = w.heads / w.kv_heads;
   const int64_t sizes[3] = {layer->q_size, layer->kv_size, layer->kv_size};
   auto fits = [&](const Weight& m, int64_t rows, int64_t columns, const char* what) {
-    require(m && m->matrix.rows == rows && m->matrix.columns == columns, where + what + " has another shape");
+    require(m && m->matrix.rows == rows && m->inputs() == columns, where + what + " has another shape");
   };
   auto with_bias = [&](Floats& bias, const Weight& m, const char* what) {
     require(bias.empty() || int64_t(bias.size()) == m->matrix.rows, where + what + ": bias has another size");
@@ -312,6 +349,8 @@ void Model::add_layer(LayerWeights w) {
   fits(w.down, shape.hidden_size, w.ffn_width, "down");
   with_bias(w.output_bias, w.output, "the attention's output");
   with_bias(w.down_bias, w.down, "down");
+  layer->middle_stride = std::max({middle_columns(w.qkv), middle_columns({w.output}), middle_columns(w.gate_up),
+                                   middle_columns({w.down})});
   w.attention_norm = padded_norm(std::move(w.attention_norm), shape.hidden_size, (where + "attention norm").c_str());
   w.ffn_norm = padded_norm(std::move(w.ffn_norm), shape.hidden_size, (where + "ffn norm").c_str());
   layer->w = std::move(w);
@@ -422,13 +461,14 @@ void Model::execute(Run& run) {
   const int64_t tokens = steps ? run.tokens() : run.state_count;
   run.stride = padded(shape.hidden_size);
   int64_t widest = run.stride;
-  run.qkv_stride = run.mixed_stride = run.ffn_stride = 0;
+  run.qkv_stride = run.mixed_stride = run.ffn_stride = run.middle_stride = 0;
   for (const auto& layer : layers_) {
     run.qkv_stride = std::max(run.qkv_stride, layer->qkv_stride);
     run.mixed_stride = std::max(run.mixed_stride, padded(layer->q_size));
     run.ffn_stride = std::max(run.ffn_stride, padded(layer->ffn_stride));
+    run.middle_stride = std::max(run.middle_stride, padded(layer->middle_stride));
   }
-  widest = std::max({widest, run.mixed_stride, run.ffn_stride});
+  widest = std::max({widest, run.mixed_stride, run.ffn_stride, run.middle_stride});
   const int64_t blocks = widest / BlockColumns;
   auto size_ready = [&](Ready& ready, int64_t rows) {
     ready.x.get(rows * widest);
@@ -460,6 +500,7 @@ void Model::execute(Run& run) {
     run.mixed.get(tokens * run.mixed_stride);
     run.ffn.get(tokens * run.ffn_stride);
     run.ffn_up.get(tokens * run.ffn_stride);
+    run.middle.get(tokens * run.middle_stride);
     run.cosine.get(tokens * shape.head_dim / 2);
     run.sine.get(tokens * shape.head_dim / 2);
     run.rows.get(std::max<int64_t>(1, s.row_count) * run.stride);
@@ -499,10 +540,8 @@ void Model::execute(Run& run) {
 void Model::blocks_of(Run& run, Rank& rank) {
   const Step& s = *run.step;
   const Ops& ops = *run.ops;
-  const bool exact = run.options.exact;
   const int64_t tokens = run.tokens(), dim = shape.head_dim, half = dim / 2;
-  const bool alone = tokens <= redundant_tokens, evenly = run.evenly(tokens);
-  Ready& ready = alone ? *run.own[rank.id] : run.shared;
+  const bool evenly = run.evenly(tokens);
   float* x = run.x.data();
   run.spent(rank, -1);
   rank.share(tokens, 1, true, [&](int64_t begin, int64_t end) {
@@ -520,7 +559,6 @@ void Model::blocks_of(Run& run, Rank& rank) {
   const float q_scale = 1.4426950408889634f / std::sqrt(float(dim));
   const int64_t partial_size = partial_floats_of(dim);
   std::vector<Product> products;
-  Acts acts[3];
   for (size_t l = 0; l < layers_.size(); ++l) {
     const Layer& layer = *layers_[l];
     const Run::Plan& plan = run.plans[run.plan_of[l]];
@@ -530,12 +568,7 @@ void Model::blocks_of(Run& run, Rank& rank) {
     for (size_t i = 0; i < layer.w.qkv.size(); ++i)
       products.push_back({layer.w.qkv[i].get(), to(Epilogue::store, qkv + layer.qkv_at[i], run.qkv_stride,
                                                    &layer.w.qkv_bias[i], layer.w.qkv[i]->matrix.tiles * TileRows)});
-    prepare(ops, exact, shape, {x, run.stride, shape.hidden_size, &layer.w.attention_norm}, tokens, products, ready,
-            rank, alone, acts);
-    run.spent(rank, 1);
-    multiply(ops, exact, products, acts, rank, evenly);
-    rank.barrier();
-    run.spent(rank, 2);
+    run.apply(shape, {x, run.stride, shape.hidden_size, &layer.w.attention_norm}, products, rank, 1, 2);
     // 2. rotation, and keys and values into the cache
     const int64_t heads = layer.w.heads, kv_heads = layer.w.kv_heads, page = page_bytes(kv_kind_, dim);
     uint8_t* pages = pages_.data + layer_offset_[l];
@@ -604,12 +637,7 @@ void Model::blocks_of(Run& run, Rank& rank) {
     run.spent(rank, 4);
     // 4. output projection onto the residual
     products = {{layer.w.output.get(), to(Epilogue::accumulate, x, run.stride, &layer.w.output_bias, run.stride)}};
-    prepare(ops, exact, shape, {mixed, run.mixed_stride, layer.q_size, nullptr}, tokens, products, ready, rank, alone,
-            acts);
-    run.spent(rank, 5);
-    multiply(ops, exact, products, acts, rank, evenly);
-    rank.barrier();
-    run.spent(rank, 6);
+    run.apply(shape, {mixed, run.mixed_stride, layer.q_size, nullptr}, products, rank, 5, 6);
     // 5. norm, gate and up, activation
     products.clear();
     const bool fused = layer.w.gate_up.size() == 1;
@@ -619,11 +647,7 @@ void Model::blocks_of(Run& run, Rank& rank) {
       e.activation = shape.activation;
       products.push_back({layer.w.gate_up[i].get(), e});
     }
-    prepare(ops, exact, shape, {x, run.stride, shape.hidden_size, &layer.w.ffn_norm}, tokens, products, ready, rank,
-            alone, acts);
-    run.spent(rank, 1);
-    multiply(ops, exact, products, acts, rank, evenly);
-    rank.barrier();
+    run.apply(shape, {x, run.stride, shape.hidden_size, &layer.w.ffn_norm}, products, rank, 1, 7);
     if (!fused) {
       rank.share(tokens, 1, true, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
@@ -636,12 +660,7 @@ void Model::blocks_of(Run& run, Rank& rank) {
     run.spent(rank, 7);
     // 6. down onto the residual
     products = {{layer.w.down.get(), to(Epilogue::accumulate, x, run.stride, &layer.w.down_bias, run.stride)}};
-    prepare(ops, exact, shape, {ffn, run.ffn_stride, layer.w.ffn_width, nullptr}, tokens, products, ready, rank, alone,
-            acts);
-    run.spent(rank, 8);
-    multiply(ops, exact, products, acts, rank, evenly);
-    rank.barrier();
-    run.spent(rank, 9);
+    run.apply(shape, {ffn, run.ffn_stride, layer.w.ffn_width, nullptr}, products, rank, 8, 9);
   }
   rank.share(s.row_count, 1, true, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {

@@ -33,6 +33,9 @@ struct PackedMatrix {
   std::shared_ptr<Arena> arena;
   int64_t turns = 0;  // rows of each of two parts whose tiles are in turns; 0: rows are in order
   size_t sparse_bytes = 0;
+  std::shared_ptr<PackedMatrix> first;  // of two factors: what an input is multiplied by before this one, or null
+
+  int64_t inputs() const { return first ? first->matrix.columns : matrix.columns; }
 };
 
 // Rows of a combined weight that one stored weight gives. Coded: codes [rows, words], scales and zero points

@@ -188,8 +188,8 @@ class _Loader:
         """The executor's model, with every weight in it."""
         config, total = self.checkpoint.config, self.checkpoint.config.num_layers + 1
         self._report(0, total)
-        embedding = self.packer.pack([self.family.module("embed")])
-        head = embedding if config.tie_embeddings else self.packer.pack([self.family.module("head")])
+        embedding = self.packer.pack_rows(self.family.module("embed"))
+        head = embedding if config.tie_embeddings else self.packer.pack_rows(self.family.module("head"))
         model = kernels.extension().Model(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,

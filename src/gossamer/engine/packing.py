@@ -5,6 +5,7 @@
     fp8                            bytes, made floats in registers
     outliers of integers           beside the packed weight, in float32
     sparse weights                 filled up with their zeros, and then as what they hold
+    two factors                    each as its own format says; where rows are looked up, as what fits none
     k-means, and what fits none    bfloat16 (integers in other groups: float32); `Packer.expanded` names those
 Knows checkpoints and the extension; knows no layers.
 """
@@ -12,6 +13,7 @@ Knows checkpoints and the extension; knows no layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..checkpoint import Checkpoint
-from ..formats import Codebook, Dense, Format, Integer, KMeans, Sparse
+from ..formats import Codebook, Dense, Format, Integer, KMeans, LowRank, Sparse
 from ..formats.codebook import GLOBAL_SCALE
+from ..formats.low_rank import SIDES, Side
 from ..kernels import cpu as kernels
 from ..kernels import dispatch
 
@@ -30,7 +33,7 @@ BLOCK_COLUMNS = 32
 MAX_SPARSE_COLUMNS = 65536
 """Widest weight beside which others can be kept."""
 
-Held: TypeAlias = "Integer | Codebook | Literal['bf16', 'float']"
+Held: TypeAlias = "Integer | Codebook | LowRank | Literal['bf16', 'float']"
 
 
 def held_as(form: Format, columns: int, dense: torch.dtype) -> Held:
@@ -40,6 +43,8 @@ def held_as(form: Format, columns: int, dense: torch.dtype) -> Held:
     if isinstance(form, Codebook):
         groups = form.group_size in (None, columns) or form.group_size == BLOCK_COLUMNS // 2
         return form if groups or _whole_blocks(form.group_size) else "bf16"
+    if isinstance(form, LowRank):
+        return form
     if isinstance(form, KMeans):
         return "bf16"
     if isinstance(form, Integer):
@@ -56,21 +61,53 @@ def expansion(checkpoint: Checkpoint) -> int:
     total = 0
     for name in checkpoint.names():
         form, shape = checkpoint.format(name), checkpoint.shape(name)
-        if len(shape) != 2 or isinstance(form, Dense):
-            continue
-        held = held_as(form, shape[1], checkpoint.dtype)
-        if held == "bf16":
-            total += Dense(torch.bfloat16).nbytes(shape) - form.nbytes(shape)
-        elif isinstance(form, Sparse):
-            total += (Dense(torch.float32) if held == "float" else form.inner).nbytes(shape) - form.nbytes(shape)
+        parts = [(form.side(s), form.shape(s, shape)) for s in SIDES] if isinstance(form, LowRank) else [(form, shape)]
+        total += sum(_growth(part, size, checkpoint.dtype) for part, size in parts)
     return total
+
+
+def _growth(form: Format, shape: tuple[int, ...], dense: torch.dtype) -> int:
+    """Bytes by which a matrix grows that is not held as it is stored."""
+    if len(shape) != 2 or isinstance(form, Dense):
+        return 0
+    held = held_as(form, shape[1], dense)
+    if held == "bf16":
+        return Dense(torch.bfloat16).nbytes(shape) - form.nbytes(shape)
+    if isinstance(form, Sparse):
+        return (Dense(torch.float32) if held == "float" else form.inner).nbytes(shape) - form.nbytes(shape)
+    return 0
+
+
+class _Factor:
+    """A checkpoint whose weights are one of their two factors, as far as packing reads it."""
+
+    def __init__(self, checkpoint: Checkpoint, side: Side) -> None:
+        self.checkpoint, self.side, self.dtype = checkpoint, side, checkpoint.dtype
+
+    def format(self, name: str) -> Format:
+        return self._pair(name).side(self.side)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._pair(name).shape(self.side, self.checkpoint.shape(name))
+
+    def stored(self, name: str) -> dict[str, Tensor]:
+        return self._pair(name).tensors(self.side, self.checkpoint.stored(name))
+
+    def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.format(name).unpack(self.stored(name)).to(dtype)
+
+    def _pair(self, name: str) -> LowRank:
+        form = self.checkpoint.format(name)
+        assert isinstance(form, LowRank)
+        return form
 
 
 class Packer:
     """Packs weights of a checkpoint into one arena."""
 
     def __init__(self, checkpoint: Checkpoint, threads: int) -> None:
-        self.checkpoint, self.threads = checkpoint, threads
+        self.checkpoint: Checkpoint | _Factor = checkpoint
+        self.threads = threads
         self.extension: Any = kernels.extension()
         self.arena = self.extension.Arena()
         self.coded = False
@@ -82,11 +119,21 @@ class Packer:
 
     def alike(self, modules: Sequence[str]) -> bool:
         """True if these modules' weights can be rows of one packed weight."""
-        return len({self._held(m) for m in modules}) == 1
+        held = {self._held(m) for m in modules}
+        return len(held) == 1 and not isinstance(held.pop(), LowRank)
+
+    def pack_rows(self, module: str) -> Any:
+        """A weight whose rows are looked up: factors are multiplied out."""
+        held = self._held(module)
+        if not isinstance(held, LowRank):
+            return self.pack([module])
+        return self._dense([f"{module}.weight"], held_as(Dense(self.checkpoint.dtype), 1, self.checkpoint.dtype), False)
 
     def pack(self, modules: Sequence[str], interleave: bool = False) -> Any:
         """Rows of these modules, which are alike, as one packed weight; `interleave`: two, tile by tile in turns."""
         held = self._held(modules[0])
+        if isinstance(held, LowRank):
+            return self._pair(modules[0])
         names = [f"{m}.weight" for m in modules]
         if isinstance(held, Integer):
             self.coded = True
@@ -104,6 +151,21 @@ class Packer:
                 factors = [tensors["weight_scale"].float().flatten().numpy() for tensors in stored]
                 arrays = [c.contiguous().numpy() for c in codes]
                 return self.extension.pack_e4m3(self.arena, arrays, factors, interleave, self.threads)
+        return self._dense(names, held, interleave)
+
+    def _pair(self, module: str) -> Any:
+        """Two factors, of which the second follows the first."""
+        packed = {}
+        for side in SIDES:
+            part = copy(self)
+            assert isinstance(self.checkpoint, Checkpoint)
+            part.checkpoint = _Factor(self.checkpoint, side)
+            packed[side] = part.pack([module])
+            self.coded = self.coded or part.coded
+        packed["u"].after(packed["v"])
+        return packed["u"]
+
+    def _dense(self, names: Sequence[str], held: Held, interleave: bool) -> Any:
         if held == "float":
             floats = [self.checkpoint.tensor(name).contiguous().numpy() for name in names]
             return self.extension.pack_f32(self.arena, floats, interleave, self.threads)

@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import contextlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from factored import linears, stored, write
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.load import load_decoder, resident_bytes
 from gossamer.checkpoint.save import save_folder
-from gossamer.compress.factorize.quantized import quantize_factors
-from gossamer.compress.method import QuantizeOptions
-from gossamer.compress.quantize.rtn import RTN
 from gossamer.errors import CorruptCheckpoint, GossamerError, ShapeMismatch, UnsupportedModel
 from gossamer.formats import Codebook, Dense, Format, Integer, KMeans, LowRank, TensorTrain, quantization_config
 from gossamer.formats.layout import layout_from_quantization_config
 from gossamer.formats.linear import stored_linear
-from gossamer.formats.low_rank import dense_factors, worthwhile_rank
-from gossamer.model import OWN_PREFIX
+from gossamer.formats.low_rank import worthwhile_rank
 
 INNER: list[Format] = [
     Dense(torch.bfloat16),
@@ -44,47 +39,6 @@ INNER: list[Format] = [
 ]
 FORMS = [LowRank(32, inner) for inner in INNER] + [LowRank(24, Dense()), LowRank(24, Integer(8, 32))]
 ids = [form.name for form in FORMS]
-
-
-def factors(shape: tuple[int, int], rank: int, seed: int) -> tuple[Tensor, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(shape[0], rank, generator=g) * 0.2, torch.randn(rank, shape[1], generator=g) * 0.2
-
-
-def stored(form: LowRank, shape: tuple[int, int], seed: int = 0) -> dict[str, Tensor]:
-    u, v = factors(shape, form.rank, seed)
-    if isinstance(form.inner, Dense):
-        return dense_factors(form, u, v)
-    return quantize_factors(RTN(QuantizeOptions()), form, u, v, None)
-
-
-def write(source: Path, folder: Path, form: Format, modules: list[str]) -> dict[str, dict[str, Tensor]]:
-    """A copy of a dense folder in which these modules are in this format; what stores them."""
-    folder.mkdir(parents=True)
-    for file in source.iterdir():
-        if file.name not in ("config.json", "model.safetensors"):
-            (folder / file.name).write_bytes(file.read_bytes())
-    tensors, written = dict(load_file(source / "model.safetensors")), {}
-    for i, module in enumerate(modules):
-        weight = tensors.pop(f"{module}.weight")
-        if isinstance(form, LowRank):
-            written[module] = stored(form, tuple(weight.shape), i)
-        else:
-            assert isinstance(form, TensorTrain)
-            written[module] = form.decompose(weight)
-        tensors |= {f"{module}.{local}": tensor for local, tensor in written[module].items()}
-    config = json.loads((source / "config.json").read_text())
-    kinds = {m: "embedding" if m.endswith("embed_tokens") else "linear" for m in modules}
-    config["quantization_config"] = quantization_config(dict.fromkeys(modules, form), kinds, "lm_head")
-    config["model_type"] = OWN_PREFIX + config["model_type"]
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return written
-
-
-def linears(source: Path) -> list[str]:
-    names = [n.removesuffix(".weight") for n in load_file(source / "model.safetensors")]
-    return [n for n in names if n.endswith("_proj")]
 
 
 @pytest.fixture(params=FORMS, ids=ids)
@@ -114,7 +68,7 @@ def test_a_layer_multiplies_by_one_factor_then_the_other(form: LowRank) -> None:
 
 
 def test_a_folder_of_factors_is_read_as_it_was_written(tiny_model, tmp_path, form) -> None:
-    written = write(tiny_model, tmp_path / "m", form, linears(tiny_model))
+    written = write(tiny_model, tmp_path / "m", dict.fromkeys(linears(tiny_model), form))
     checkpoint = open_checkpoint(tmp_path / "m")
     for module, tensors in written.items():
         name, expected = f"{module}.weight", form.unpack(tensors)
@@ -131,7 +85,7 @@ def test_a_folder_of_factors_is_read_as_it_was_written(tiny_model, tmp_path, for
 
 
 def test_a_decoder_keeps_the_factors_and_gives_their_products_logits(tiny_model, tmp_path, form) -> None:
-    write(tiny_model, tmp_path / "m", form, [*linears(tiny_model), "model.embed_tokens"])
+    write(tiny_model, tmp_path / "m", dict.fromkeys([*linears(tiny_model), "model.embed_tokens"], form))
     checkpoint = open_checkpoint(tmp_path / "m")
     oracle, packed = load_decoder(checkpoint), load_decoder(checkpoint, packed=True)
     tokens = torch.arange(2, 42).view(2, 20)
@@ -209,7 +163,7 @@ def test_the_error_of_a_row_is_within_what_its_unfoldings_drop(modes: tuple[int,
 
 def test_a_folder_with_a_train_embeds_and_ends_by_its_rows(tiny_model, tmp_path) -> None:
     form = TensorTrain((8, 8), (4,), torch.bfloat16)
-    written = write(tiny_model, tmp_path / "m", form, ["model.embed_tokens"])["model.embed_tokens"]
+    written = write(tiny_model, tmp_path / "m", {"model.embed_tokens": form})["model.embed_tokens"]
     checkpoint = open_checkpoint(tmp_path / "m")
     name, expected = "model.embed_tokens.weight", form.unpack(written)
     assert checkpoint.format(name) == form
@@ -307,7 +261,7 @@ def test_any_description_is_read_or_refused_with_a_typed_error(kind: str, said: 
 )
 def test_factors_that_do_not_fit_each_other_are_refused_when_opened(tiny_model, tmp_path, change, words) -> None:
     module = "model.layers.1.mlp.down_proj"
-    write(tiny_model, tmp_path / "m", LowRank(32, Integer(8, 32)), [module])
+    write(tiny_model, tmp_path / "m", {module: LowRank(32, Integer(8, 32))})
     path = tmp_path / "m" / "model.safetensors"
     tensors = load_file(path)
     own = {n.removeprefix(module + "."): tensors.pop(n) for n in list(tensors) if n.startswith(module)}
