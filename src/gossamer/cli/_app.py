@@ -34,6 +34,7 @@ from .run import run
 from .serve import serve
 from .study import study_precision
 from .study_combine import study_combine
+from .study_rank import study_rank
 
 
 class _Commands(TyperGroup):
@@ -90,6 +91,7 @@ app.command()(bench)
 app.command("bench serve")(bench_serve)
 app.command("study precision")(study_precision)
 app.command("study combine")(study_combine)
+app.command("study rank")(study_rank)
 app.command()(report)
 app.command()(doctor)
 

@@ -142,6 +142,10 @@ class Format(abc.ABC):
         """Bytes that a weight of this shape takes, scales and zero points counted."""
         return sum(math.prod(stored) * dtype.itemsize for dtype, stored in self.stored(shape).values())
 
+    def parameters(self, shape: tuple[int, ...]) -> int:
+        """How many numbers stand for a weight of this shape: those of the weight itself, or of its factors."""
+        return math.prod(shape)
+
     def bits_per_weight(self, shape: tuple[int, ...]) -> float:
         """Stored bits over the number of weights, scales and zero points counted."""
         return self.nbytes(shape) * 8 / math.prod(shape)

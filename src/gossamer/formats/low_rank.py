@@ -72,6 +72,9 @@ class LowRank(Format):
         """Shape of a factor of a weight of this shape."""
         return (shape[0], self.rank) if side == "u" else (self.rank, shape[1])
 
+    def parameters(self, shape: tuple[int, ...]) -> int:
+        return self.rank * sum(shape)
+
     def stored(self, shape: tuple[int, ...]) -> Stored:
         return {
             local_name(side, local): what

@@ -58,6 +58,9 @@ class TensorTrain(Format):
         modes, ranks = ("x".join(map(str, numbers)) for numbers in (self.modes, self.ranks))
         return f"tt{modes}-rank{ranks}-{self.dtype_name}"
 
+    def parameters(self, shape: tuple[int, ...]) -> int:
+        return sum(math.prod(stored) for _, stored in self.stored(shape).values())
+
     def stored(self, shape: tuple[int, ...]) -> Stored:
         rows, columns = shape
         if math.prod(self.modes) != columns:

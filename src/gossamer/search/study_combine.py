@@ -22,6 +22,7 @@ THEN = "-then-"
 
 STAGES: dict[str, dict[str, Any]] = {
     "rotate": {"method": "rotate"},
+    "svd-llm": {"method": "svd-llm", "ratio": 0.8},
     "int8": {"method": "gptq", "bits": 8, "group_size": "auto"},
     "int4": {"method": "gptq", "bits": 4, "group_size": "auto"},
     "int3": {"method": "gptq", "bits": 3, "group_size": "auto"},

@@ -228,10 +228,12 @@ def _says(part: Any, wanted: Mapping[str, Any]) -> bool:
 
 
 def _asked(recipe: Any) -> Any:
-    """A recipe as it was before a budget was spent."""
+    """A recipe as it was before a budget was spent, or ranks were allocated."""
     plain = json.loads(json.dumps(recipe))
     for stage in plain["stages"] if isinstance(plain, dict) else []:
         budget = stage.get("budget")
+        if stage.get("allocate"):
+            stage["layers"], stage["settled"] = {}, False
         if budget:
             stage["layers"], budget["settled"] = {}, False
             if budget["embedding"]:

@@ -128,3 +128,26 @@ def test_a_study_of_pairs_ends_in_a_matrix_with_reasons_for_its_gaps(
     assert [(pair["first"], pair["second"]) for pair in answer["pairs"]] == [("rotate", "int3")]
     assert main([*command, "--stages", "rotat"]) == 2
     assert "rotate" in capsys.readouterr().err
+
+
+def test_a_study_of_ranks_ends_in_uniform_beside_allocated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_folder(tmp_path / "wide", torch_dtype="bfloat16", hidden_size=128, intermediate_size=256, head_dim=32)
+    out = tmp_path / "ranks"
+    command = ["study", "rank", str(model), "--out", str(out), *SMALL[:4], *SMALL[-4:], "--quiet", "--ratios", "0.8"]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "Ratio 0.8: KL divergence" in printed
+    assert kinds(out / "study.jsonl") == [("compress", "ok")] * 2 + [("eval", "ok")] * 3
+    page = (out / "rank.md").read_text()
+    assert "| 0.8 | uniform |" in page
+    assert "| 0.8 | allocated |" in page
+    ET.fromstring((out / "study.svg").read_text())
+    before = (out / "study.jsonl").read_bytes()
+    assert main([*command, "--json"]) == 0
+    assert (out / "study.jsonl").read_bytes() == before
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert set(rows) == {str(model), "0.8", "0.8-kld"}
+    assert rows["0.8-kld"]["parameters"] < rows[str(model)]["parameters"]
+    assert rows["0.8-kld"]["parameters"] * 2 == rows["0.8-kld"]["nbytes"]
+    assert main([*command[:-2], "--ratios", "2"]) == 2
+    assert "not a share" in capsys.readouterr().err
