@@ -27,6 +27,7 @@ def commands(page: Path) -> list[str]:
         "docs/howto/compress.md",
         "docs/howto/engines.md",
         "docs/howto/export.md",
+        "docs/howto/hub.md",
         "docs/howto/measure.md",
     ],
 )

@@ -28,8 +28,11 @@ from .convert import convert
 from .doctor import doctor
 from .eval import eval_
 from .export import export
+from .ls import ls
 from .plan import plan
+from .pull import pull
 from .report import report
+from .rm import rm
 from .run import run
 from .serve import serve
 from .study import study_precision
@@ -93,6 +96,9 @@ app.command("study precision")(study_precision)
 app.command("study combine")(study_combine)
 app.command("study rank")(study_rank)
 app.command()(report)
+app.command()(pull)
+app.command()(ls)
+app.command()(rm)
 app.command()(doctor)
 
 
