@@ -27,6 +27,7 @@ def test_every_shipped_stage_stands_in_some_recipe() -> None:
     made, _ = variants(list(STAGES), STAGES, {})
     for name in STAGES:
         assert any(name in variant.split("-then-") for variant in made)
+    assert {"flap-then-int4", "svd-llm-then-int8", "sparsegpt-then-recover-local"} <= set(made)
 
 
 def test_a_stage_that_is_not_known_names_the_nearest() -> None:
