@@ -257,8 +257,8 @@ def attention_model() -> Any:
     embedding = matrix((64, narrow))
     model = extension.Model(
         hidden_size=narrow, vocab_size=64, head_dim=HEAD_DIM, max_positions=1 << 16, norm_eps=1e-5, norm="rms",
-        activation="silu", inverse_frequencies=np.ones(HEAD_DIM // 2, np.float32), embedding=embedding, head=embedding,
-        final_norm=ones, final_norm_bias=None,
+        activation="silu", inverse_frequencies=[np.ones(HEAD_DIM // 2, np.float32)], embedding=embedding,
+        head=embedding, final_norm=ones, final_norm_bias=None,
     )  # fmt: skip
     for _ in range(LAYERS):
         model.add_layer(

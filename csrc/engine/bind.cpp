@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -275,7 +276,8 @@ int64_t peak_products(bool integer, int64_t rounds) {
 Activation activation_of(const std::string& name) {
   if (name == "silu") return Activation::silu;
   if (name == "gelu") return Activation::gelu;
-  require(name == "gelu_pytorch_tanh", "activation must be silu, gelu or gelu_pytorch_tanh");
+  if (name == "relu") return Activation::relu;
+  require(name == "gelu_pytorch_tanh", "activation must be silu, gelu, gelu_pytorch_tanh or relu");
   return Activation::gelu_tanh;
 }
 
@@ -289,10 +291,19 @@ NormWeights norm_weights(const Array<const float, 1>& weight, const OptionalFloa
   return {Floats(weight.data(), weight.data() + weight.shape(0)), floats(bias)};
 }
 
+NormWeights norm_weights(const OptionalFloats& weight, const OptionalFloats& bias) {
+  require(weight || !bias, "a norm has a bias and no weight");
+  return {floats(weight), floats(bias)};
+}
+
 std::shared_ptr<Model> make_model(int64_t hidden_size, int64_t vocab_size, int64_t head_dim, int64_t max_positions,
                                   float norm_eps, const std::string& norm, const std::string& activation,
-                                  Array<const float, 1> inverse_frequencies, Weight embedding, Weight head,
-                                  Array<const float, 1> final_norm, OptionalFloats final_norm_bias) {
+                                  const std::vector<Array<const float, 1>>& inverse_frequencies, Weight embedding,
+                                  Weight head, Array<const float, 1> final_norm, OptionalFloats final_norm_bias,
+                                  std::optional<float> query_scale, float embed_scale, bool parallel,
+                                  float attention_softcap, float final_softcap,
+                                  std::optional<Array<const float, 2>> positions, OptionalFloats embed_norm,
+                                  OptionalFloats embed_norm_bias) {
   require(norm == "rms" || norm == "layer", "norm must be rms or layer");
   ModelShape shape{hidden_size,
                    vocab_size,
@@ -301,7 +312,20 @@ std::shared_ptr<Model> make_model(int64_t hidden_size, int64_t vocab_size, int64
                    norm_eps,
                    norm == "rms" ? NormKind::rms : NormKind::layer,
                    activation_of(activation),
-                   Floats(inverse_frequencies.data(), inverse_frequencies.data() + inverse_frequencies.shape(0))};
+                   {},
+                   query_scale ? log2e * *query_scale : log2e / std::sqrt(float(head_dim)),
+                   embed_scale,
+                   parallel,
+                   attention_softcap,
+                   final_softcap,
+                   {},
+                   norm_weights(embed_norm, embed_norm_bias)};
+  for (const auto& each : inverse_frequencies)
+    shape.inverse_frequencies.emplace_back(each.data(), each.data() + each.shape(0));
+  if (positions) {
+    require(int64_t(positions->shape(1)) == hidden_size, "positions must be [max_positions, hidden_size]");
+    shape.positions.assign(positions->data(), positions->data() + positions->size());
+  }
   return std::make_shared<Model>(std::move(shape), std::move(embedding), std::move(head),
                                  norm_weights(final_norm, final_norm_bias));
 }
@@ -310,11 +334,21 @@ void add_layer(Model& model, int64_t heads, int64_t kv_heads, int64_t ffn_width,
                OptionalFloats attention_norm_bias, Array<const float, 1> ffn_norm, OptionalFloats ffn_norm_bias,
                std::vector<Weight> qkv, std::vector<OptionalFloats> qkv_bias, Weight output, OptionalFloats output_bias,
                std::vector<Weight> gate_up, std::vector<OptionalFloats> gate_up_bias, Weight down,
-               OptionalFloats down_bias) {
+               OptionalFloats down_bias, bool gated, int64_t window, int64_t rope, OptionalFloats slopes,
+               OptionalFloats q_norm, OptionalFloats k_norm, OptionalFloats attention_post_norm,
+               OptionalFloats ffn_post_norm) {
   LayerWeights w{};
   w.heads = heads;
   w.kv_heads = kv_heads;
   w.ffn_width = ffn_width;
+  w.gated = gated;
+  w.window = window;
+  w.rope = rope;
+  w.slopes = floats(slopes);
+  w.q_norm = floats(q_norm);
+  w.k_norm = floats(k_norm);
+  w.attention_post_norm = norm_weights(attention_post_norm, std::nullopt);
+  w.ffn_post_norm = norm_weights(ffn_post_norm, std::nullopt);
   w.attention_norm = norm_weights(attention_norm, attention_norm_bias);
   w.ffn_norm = norm_weights(ffn_norm, ffn_norm_bias);
   w.qkv = std::move(qkv);
@@ -460,13 +494,20 @@ void bind_engine(nb::module_& m) {
   nb::class_<Model>(m, "Model")
       .def(nb::new_(&make_model), nb::arg("hidden_size"), nb::arg("vocab_size"), nb::arg("head_dim"),
            nb::arg("max_positions"), nb::arg("norm_eps"), nb::arg("norm"), nb::arg("activation"),
-           nb::arg("inverse_frequencies").noconvert(), nb::arg("embedding"), nb::arg("head"),
-           nb::arg("final_norm").noconvert(), nb::arg("final_norm_bias").noconvert().none())
+           nb::arg("inverse_frequencies"), nb::arg("embedding"), nb::arg("head"), nb::arg("final_norm").noconvert(),
+           nb::arg("final_norm_bias").noconvert().none(), nb::arg("query_scale").none() = nb::none(),
+           nb::arg("embed_scale") = 1.0f, nb::arg("parallel") = false, nb::arg("attention_softcap") = 0.0f,
+           nb::arg("final_softcap") = 0.0f, nb::arg("positions").noconvert().none() = nb::none(),
+           nb::arg("embed_norm").noconvert().none() = nb::none(),
+           nb::arg("embed_norm_bias").noconvert().none() = nb::none())
       .def("add_layer", add_layer, nb::arg("heads"), nb::arg("kv_heads"), nb::arg("ffn_width"),
            nb::arg("attention_norm"), nb::arg("attention_norm_bias").none(), nb::arg("ffn_norm"),
            nb::arg("ffn_norm_bias").none(), nb::arg("qkv"), nb::arg("qkv_bias"), nb::arg("output"),
            nb::arg("output_bias").none(), nb::arg("gate_up"), nb::arg("gate_up_bias"), nb::arg("down"),
-           nb::arg("down_bias").none())
+           nb::arg("down_bias").none(), nb::arg("gated") = true, nb::arg("window") = 0, nb::arg("rope") = 0,
+           nb::arg("slopes").none() = nb::none(), nb::arg("q_norm").none() = nb::none(),
+           nb::arg("k_norm").none() = nb::none(), nb::arg("attention_post_norm").none() = nb::none(),
+           nb::arg("ffn_post_norm").none() = nb::none())
       .def("allocate",
            [](Model& model, int64_t blocks, const std::string& kind) { model.allocate(blocks, kv_kind(kind)); },
            nb::arg("blocks"), nb::arg("kind"))

@@ -39,6 +39,16 @@ NormWeights padded_norm(NormWeights norm, int64_t size, const char* what) {
   return norm;
 }
 
+float capped(float x, float cap) { return cap * std::tanh(x / cap); }
+
+// Norms one head in place (RMS), as long as it is: heads lie side by side.
+void norm_head(float* head, const Floats& weight, float eps) {
+  float sum = 0.0f;
+  for (size_t i = 0; i < weight.size(); ++i) sum += head[i] * head[i];
+  const float factor = 1.0f / std::sqrt(sum / float(weight.size()) + eps);
+  for (size_t i = 0; i < weight.size(); ++i) head[i] *= factor * weight[i];
+}
+
 // Memory of floats that only grows, aligned for vectors.
 template <class T>
 class Buffer {
@@ -98,6 +108,7 @@ struct Model::Layer {
   int64_t q_at, k_at, v_at, qkv_stride;    // columns of the buffer that takes the products of q, k and v
   std::vector<int64_t> qkv_at;             // where each weight's products go
   int64_t ffn_stride, middle_stride;
+  bool fused;                              // gate and up are one weight
 };
 
 // A piece of attention: some query tokens of one sequence, the heads that share a key-value head, and parts of the context.
@@ -129,7 +140,7 @@ struct Model::Run {
   std::vector<int> plan_of;  // [layers]
 
   int64_t stride = 0, qkv_stride = 0, mixed_stride = 0, ffn_stride = 0, middle_stride = 0;
-  Buffer<float> x, qkv, mixed, ffn, ffn_up, middle, cosine, sine, partial, rows;
+  Buffer<float> x, qkv, mixed, ffn, ffn_up, added, middle, cosine, sine, partial, rows;
   Ready shared;
   std::vector<std::unique_ptr<Ready>> own;
   std::vector<std::unique_ptr<Buffer<float>>> scratch;
@@ -275,7 +286,15 @@ Model::Model(ModelShape s, Weight embedding, Weight head, NormWeights final_norm
   require(shape.hidden_size > 0 && shape.vocab_size > 0 && shape.max_positions > 0, "the model is empty");
   require(shape.head_dim > 0 && shape.head_dim % 2 == 0 && shape.head_dim <= MaxHeadDim,
           "head_dim must be even, up to " + std::to_string(MaxHeadDim));
-  require(int64_t(shape.inverse_frequencies.size()) == shape.head_dim / 2, "inverse_frequencies must be half a head");
+  for (const Floats& frequencies : shape.inverse_frequencies)
+    require(int64_t(frequencies.size()) <= shape.head_dim / 2, "inverse_frequencies must be up to half a head");
+  require(shape.positions.empty() || int64_t(shape.positions.size()) == shape.max_positions * shape.hidden_size,
+          "positions must be [max_positions, hidden_size]");
+  require(shape.embed_norm.weight.empty() || int64_t(shape.embed_norm.weight.size()) == shape.hidden_size,
+          "the norm of the embedding has another size than the model");
+  embed_norm_ = shape.embed_norm;
+  if (!embed_norm_.weight.empty())
+    embed_norm_ = padded_norm(std::move(embed_norm_), shape.hidden_size, "the norm of the embedding");
   for (const Weight& w : {embedding_, head_}) {
     require(w && w->matrix.columns == shape.hidden_size && w->matrix.rows == shape.vocab_size,
             "embedding and head must be [vocab_size, hidden_size]");
@@ -325,11 +344,12 @@ void Model::add_layer(LayerWeights w) {
   }
   layer->q_at = 0;
   for (size_t i = 0; i < w.qkv.size(); ++i) with_bias(w.qkv_bias[i], w.qkv[i], "qkv");
-  require(w.gate_up.size() == 1 || w.gate_up.size() == 2, where + "gate and up must be one weight or two");
+  const size_t most = w.gated ? 2 : 1;
+  require(w.gate_up.size() == 1 || w.gate_up.size() == most, where + "gate and up must be one weight or two");
   require(w.gate_up_bias.size() == w.gate_up.size(), where + "one bias for each weight of gate and up");
-  for (const Weight& m : w.gate_up)
-    fits(m, w.gate_up.size() == 1 ? 2 * w.ffn_width : w.ffn_width, shape.hidden_size, "gate or up");
-  if (w.gate_up.size() == 1) {
+  layer->fused = w.gated && w.gate_up.size() == 1;
+  for (const Weight& m : w.gate_up) fits(m, layer->fused ? 2 * w.ffn_width : w.ffn_width, shape.hidden_size, "gate or up");
+  if (layer->fused) {
     const Matrix& m = w.gate_up[0]->matrix;
     require(m.tiles == 2 * (tile_padded(w.ffn_width) / TileRows), where + "gate and up are not in turns of tiles");
     Floats& bias = w.gate_up_bias[0];  // comes as gate, then up: is laid out as the tiles are
@@ -342,7 +362,7 @@ void Model::add_layer(LayerWeights w) {
       bias = std::move(laid);
     }
   } else {
-    for (size_t i = 0; i < 2; ++i) with_bias(w.gate_up_bias[i], w.gate_up[i], "gate or up");
+    for (size_t i = 0; i < w.gate_up.size(); ++i) with_bias(w.gate_up_bias[i], w.gate_up[i], "gate or up");
   }
   layer->ffn_stride = tile_padded(w.ffn_width);
   fits(w.output, shape.hidden_size, layer->q_size, "the attention's output");
@@ -353,6 +373,14 @@ void Model::add_layer(LayerWeights w) {
                                    middle_columns({w.down})});
   w.attention_norm = padded_norm(std::move(w.attention_norm), shape.hidden_size, (where + "attention norm").c_str());
   w.ffn_norm = padded_norm(std::move(w.ffn_norm), shape.hidden_size, (where + "ffn norm").c_str());
+  for (NormWeights* norm : {&w.attention_post_norm, &w.ffn_post_norm})
+    if (!norm->weight.empty()) *norm = padded_norm(std::move(*norm), shape.hidden_size, (where + "post norm").c_str());
+  for (const Floats* norm : {&w.q_norm, &w.k_norm})
+    require(norm->empty() || int64_t(norm->size()) == shape.head_dim, where + "a norm of heads has another size");
+  require(w.window >= 0, where + "a window must not be negative");
+  require(-1 <= w.rope && w.rope < int64_t(shape.inverse_frequencies.size()), where + "it has no such rotary frequencies");
+  require(w.slopes.empty() || int64_t(w.slopes.size()) == w.heads, where + "a slope for each query head");
+  for (float& slope : w.slopes) slope *= log2e;
   layer->w = std::move(w);
   const std::scoped_lock lock(mutex_);
   release_pages();
@@ -501,8 +529,10 @@ void Model::execute(Run& run) {
     run.ffn.get(tokens * run.ffn_stride);
     run.ffn_up.get(tokens * run.ffn_stride);
     run.middle.get(tokens * run.middle_stride);
-    run.cosine.get(tokens * shape.head_dim / 2);
-    run.sine.get(tokens * shape.head_dim / 2);
+    run.added.get(tokens * run.stride);
+    const int64_t ropes = std::max<int64_t>(1, int64_t(shape.inverse_frequencies.size()));
+    run.cosine.get(ropes * tokens * shape.head_dim / 2);
+    run.sine.get(ropes * tokens * shape.head_dim / 2);
     run.rows.get(std::max<int64_t>(1, s.row_count) * run.stride);
     run.sequence_of.resize(tokens);
     run.position_of.resize(tokens);
@@ -536,6 +566,19 @@ void Model::execute(Run& run) {
   });
 }
 
+// What the first block reads of a token [stride].
+void Model::embed(const Ops& ops, int32_t token, int32_t position, float* x) const {
+  const int64_t hidden = shape.hidden_size;
+  row_floats(embedding_->matrix, token, x);
+  if (shape.embed_scale != 1.0f)
+    for (int64_t d = 0; d < hidden; ++d) x[d] *= shape.embed_scale;
+  if (!shape.positions.empty())
+    for (int64_t d = 0; d < hidden; ++d) x[d] += shape.positions[position * hidden + d];
+  if (!embed_norm_.weight.empty())
+    ops.norm(shape.norm, x, embed_norm_.weight.data(), embed_norm_.bias.empty() ? nullptr : embed_norm_.bias.data(),
+             hidden, shape.norm_eps, x);
+}
+
 // Embedding and blocks; the rows that are wanted end in run.rows (or in run.out, if hidden states are).
 void Model::blocks_of(Run& run, Rank& rank) {
   const Step& s = *run.step;
@@ -546,17 +589,20 @@ void Model::blocks_of(Run& run, Rank& rank) {
   run.spent(rank, -1);
   rank.share(tokens, 1, true, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      row_floats(embedding_->matrix, s.tokens[t], x + t * run.stride);
-      for (int64_t i = 0; i < half; ++i) {
-        const float angle = float(run.position_of[t]) * shape.inverse_frequencies[i];
-        run.cosine.data()[t * half + i] = float(std::cos(double(angle)));
-        run.sine.data()[t * half + i] = float(std::sin(double(angle)));
+      embed(ops, s.tokens[t], run.position_of[t], x + t * run.stride);
+      for (size_t rope = 0; rope < shape.inverse_frequencies.size(); ++rope) {
+        const Floats& frequencies = shape.inverse_frequencies[rope];
+        const int64_t at = (int64_t(rope) * tokens + t) * half;
+        for (size_t i = 0; i < frequencies.size(); ++i) {
+          const float angle = float(run.position_of[t]) * frequencies[i];
+          run.cosine.data()[at + i] = float(std::cos(double(angle)));
+          run.sine.data()[at + i] = float(std::sin(double(angle)));
+        }
       }
     }
   });
   rank.barrier();
   run.spent(rank, 0);
-  const float q_scale = 1.4426950408889634f / std::sqrt(float(dim));
   const int64_t partial_size = partial_floats_of(dim);
   std::vector<Product> products;
   for (size_t l = 0; l < layers_.size(); ++l) {
@@ -576,14 +622,24 @@ void Model::blocks_of(Run& run, Rank& rank) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t t = item / (heads + kv_heads), head = item % (heads + kv_heads);
         float* row = qkv + t * run.qkv_stride;
-        const float *cosine = run.cosine.data() + t * half, *sine = run.sine.data() + t * half;
+        auto turn = [&](float* columns, const Floats& norm, float scale) {
+          if (!norm.empty()) norm_head(columns, norm, shape.norm_eps);
+          int64_t width = 0;
+          if (layer.w.rope >= 0) {
+            const int64_t at = (layer.w.rope * tokens + t) * half;
+            width = 2 * int64_t(shape.inverse_frequencies[layer.w.rope].size());
+            ops.rotate(columns, run.cosine.data() + at, run.sine.data() + at, width, scale);
+          }
+          if (scale != 1.0f)
+            for (int64_t d = width; d < dim; ++d) columns[d] *= scale;
+        };
         if (head < heads) {
-          ops.rotate(row + layer.q_at + head * dim, cosine, sine, dim, q_scale);
+          turn(row + layer.q_at + head * dim, layer.w.q_norm, shape.score_scale);
           continue;
         }
         const int64_t h = head - heads, position = run.position_of[t];
         float* key = row + layer.k_at + h * dim;
-        ops.rotate(key, cosine, sine, dim, 1.0f);
+        turn(key, layer.w.k_norm, 1.0f);
         const int64_t block = s.tables[run.sequence_of[t] * s.table_width + position / PageTokens];
         ops.cache(pages + (block * kv_heads + h) * page, kv_kind_, dim, int(position % PageTokens), key,
                   row + layer.v_at + h * dim);
@@ -607,13 +663,19 @@ void Model::blocks_of(Run& run, Rank& rank) {
         a.table = s.tables + unit.sequence * s.table_width;
         a.position = unit.position;
         a.scratch = run.scratch[rank.id]->data();
+        a.window = layer.w.window;
+        a.softcap = log2e * shape.attention_softcap;
+        a.slopes = layer.w.slopes.empty() ? nullptr : layer.w.slopes.data() + unit.kv_head * layer.group;
         float* own = a.scratch + scratch_floats(dim);  // two partial results
         float* into = unit.partial < 0 ? own : run.partial.data() + int64_t(unit.partial) * partial_size;
-        for (a.begin = unit.begin; a.begin < unit.end; a.begin = a.end) {
+        int64_t from = unit.begin;  // whole parts that no token of the unit sees are left out
+        while (a.window && from + part_tokens <= a.position - a.window + 1 && from + part_tokens < unit.end)
+          from += part_tokens;
+        for (a.begin = from; a.begin < unit.end; a.begin = a.end) {
           a.end = std::min(unit.end, a.begin + part_tokens);
-          a.partial = a.begin == unit.begin ? into : own + partial_size;
+          a.partial = a.begin == from ? into : own + partial_size;
           ops.attend(a);
-          if (a.begin > unit.begin) ops.merge(into, a.partial, int(unit.tokens * layer.group), dim);
+          if (a.begin > from) ops.merge(into, a.partial, int(unit.tokens * layer.group), dim);
         }
         if (unit.partial < 0)
           finish_partial(into, unit.tokens, layer.group, dim,
@@ -635,20 +697,43 @@ void Model::blocks_of(Run& run, Rank& rank) {
       rank.barrier();
     }
     run.spent(rank, 4);
+    // What a linear layer makes of `in` onto the residual, behind a norm where there is one.
+    auto add = [&](const Weight& weight, const Floats& bias, const NormWeights& norm, const Input& in, int ready_phase,
+                   int phase) {
+      const bool plain = norm.weight.empty();
+      float* added = run.added.data();
+      products = {{weight.get(), to(plain ? Epilogue::accumulate : Epilogue::store, plain ? x : added, run.stride, &bias,
+                                    run.stride)}};
+      run.apply(shape, in, products, rank, ready_phase, phase);
+      if (!plain) {
+        rank.share(tokens, 1, true, [&](int64_t begin, int64_t end) {
+          for (int64_t t = begin; t < end; ++t) {
+            float *row = added + t * run.stride, *onto = x + t * run.stride;
+            ops.norm(shape.norm, row, norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data(),
+                     shape.hidden_size, shape.norm_eps, row);
+            for (int64_t d = 0; d < shape.hidden_size; ++d) onto[d] += row[d];
+          }
+        });
+        rank.barrier();
+        run.spent(rank, phase);
+      }
+    };
     // 4. output projection onto the residual
-    products = {{layer.w.output.get(), to(Epilogue::accumulate, x, run.stride, &layer.w.output_bias, run.stride)}};
-    run.apply(shape, {mixed, run.mixed_stride, layer.q_size, nullptr}, products, rank, 5, 6);
+    auto add_attention = [&] {
+      add(layer.w.output, layer.w.output_bias, layer.w.attention_post_norm,
+          {mixed, run.mixed_stride, layer.q_size, nullptr}, 5, 6);
+    };
+    if (!shape.parallel) add_attention();
     // 5. norm, gate and up, activation
     products.clear();
-    const bool fused = layer.w.gate_up.size() == 1;
     for (size_t i = 0; i < layer.w.gate_up.size(); ++i) {
-      Epilogue e = to(fused ? Epilogue::gate : Epilogue::store, i ? run.ffn_up.data() : ffn, run.ffn_stride,
-                      &layer.w.gate_up_bias[i], layer.ffn_stride);
+      const auto what = layer.fused ? Epilogue::gate : layer.w.gated ? Epilogue::store : Epilogue::activate;
+      Epilogue e = to(what, i ? run.ffn_up.data() : ffn, run.ffn_stride, &layer.w.gate_up_bias[i], layer.ffn_stride);
       e.activation = shape.activation;
       products.push_back({layer.w.gate_up[i].get(), e});
     }
     run.apply(shape, {x, run.stride, shape.hidden_size, &layer.w.ffn_norm}, products, rank, 1, 7);
-    if (!fused) {
+    if (layer.w.gate_up.size() == 2) {
       rank.share(tokens, 1, true, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
           float* row = ffn + t * run.ffn_stride;
@@ -658,9 +743,9 @@ void Model::blocks_of(Run& run, Rank& rank) {
       rank.barrier();
     }
     run.spent(rank, 7);
+    if (shape.parallel) add_attention();
     // 6. down onto the residual
-    products = {{layer.w.down.get(), to(Epilogue::accumulate, x, run.stride, &layer.w.down_bias, run.stride)}};
-    run.apply(shape, {ffn, run.ffn_stride, layer.w.ffn_width, nullptr}, products, rank, 8, 9);
+    add(layer.w.down, layer.w.down_bias, layer.w.ffn_post_norm, {ffn, run.ffn_stride, layer.w.ffn_width, nullptr}, 8, 9);
   }
   rank.share(s.row_count, 1, true, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -706,6 +791,12 @@ void Model::finish(Run& run, Rank& rank) {
           alone ? *run.own[rank.id] : run.shared, rank, alone, acts);
   multiply(ops, exact, products, acts, rank, run.evenly(rows));
   rank.barrier();
+  if (shape.final_softcap > 0.0f && run.what != Run::best) {  // which changes no order
+    rank.share(rows * shape.vocab_size, 4096, true, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) run.out[i] = capped(run.out[i], shape.final_softcap);
+    });
+    rank.barrier();
+  }
   run.spent(rank, 10);
 }
 

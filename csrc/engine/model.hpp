@@ -13,6 +13,8 @@
 
 namespace gossamer {
 
+constexpr float log2e = 1.4426950408889634f;
+
 using Weight = std::shared_ptr<PackedMatrix>;
 using Floats = std::vector<float>;
 
@@ -20,10 +22,17 @@ struct NormWeights {
   Floats weight, bias;  // bias empty: none
 };
 
-// q, k and v as one weight or as three; gate and up as one in turns of tiles, or as two. Biases as long as the rows.
+// q, k and v as one weight or as three; gate and up as one in turns of tiles, or as two, or up alone where there is no
+// gate. Biases as long as the rows.
 struct LayerWeights {
   int64_t heads, kv_heads, ffn_width;
+  bool gated;
+  int64_t window;        // tokens that a token sees, itself included; 0: all before it
+  int64_t rope;          // number of its rotary frequencies, -1: none
+  Floats slopes;         // [heads] ALiBi, empty: none
+  Floats q_norm, k_norm;  // [head_dim] weights of RMS norms of each head, empty: none
   NormWeights attention_norm, ffn_norm;
+  NormWeights attention_post_norm, ffn_post_norm;  // of what is added to the residual; weight empty: none
   std::vector<Weight> qkv, gate_up;
   std::vector<Floats> qkv_bias, gate_up_bias;  // one for each weight, empty: none
   Weight output, down;
@@ -35,7 +44,13 @@ struct ModelShape {
   float norm_eps;
   NormKind norm;
   Activation activation;
-  Floats inverse_frequencies;  // [head_dim / 2]
+  std::vector<Floats> inverse_frequencies;  // each up to [head_dim / 2]: that half of the columns which are turned
+  float score_scale;                        // times log2(e)
+  float embed_scale;
+  bool parallel;                            // the feed-forward network reads the input of the block
+  float attention_softcap, final_softcap;   // 0: none
+  Floats positions;                         // [max_positions, hidden_size] learned, empty: none
+  NormWeights embed_norm;                   // weight empty: none
 };
 
 // The flat batch of one step: sequences one after another.
@@ -91,6 +106,7 @@ class Model {
   };
 
   void check(const Step&) const;
+  void embed(const Ops&, int32_t token, int32_t position, float* x) const;
   void blocks_of(Run&, Rank&);
   void finish(Run&, Rank&);
   void execute(Run&);
@@ -98,7 +114,7 @@ class Model {
   void release_pages();
 
   Weight embedding_, head_;
-  NormWeights final_norm_;
+  NormWeights final_norm_, embed_norm_;
   std::vector<std::unique_ptr<Layer>> layers_;
   std::vector<int64_t> layer_offset_;  // of a layer's pages in the cache
   Pages pages_;

@@ -19,7 +19,7 @@ constexpr int MaxQueryRows = 48;  // rows (query tokens times heads of a group) 
 enum class Kind : uint8_t { f32, bf16, e4m3, i8, i6, i5, i4, i3, i2, c4, c4s };
 enum class ScaleKind : uint8_t { bf16, f16, f32, e4m3, e8m0 };
 enum class KvKind : uint8_t { f32, bf16, i8, i4 };
-enum class Activation : uint8_t { silu, gelu, gelu_tanh };
+enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu };
 enum class NormKind : uint8_t { rms, layer };
 
 // A weight [rows, columns] in tiles of 16 rows, the last one filled up with zeros. A tile of a coded kind is a run
@@ -110,7 +110,7 @@ struct Acts {
 };
 
 struct Epilogue {
-  enum What : uint8_t { store, accumulate, gate, best } what;
+  enum What : uint8_t { store, accumulate, gate, best, activate } what;
   float* y;             // [tokens, stride] at the matrix' first row; gate: tiles are gate, up, gate, up, ...
   int64_t stride;
   const float* bias;    // [16 * tiles] or null
@@ -123,7 +123,7 @@ struct Epilogue {
 
 // Rows of queries that share one key-value head of one sequence.
 struct Attend {
-  const float* q;         // [tokens, q_stride], `group` heads from q on; rotated, times log2(e) / sqrt(head_dim)
+  const float* q;         // [tokens, q_stride], `group` heads from q on; rotated, times log2(e) and the scale of scores
   int64_t q_stride;
   int tokens, group;
   int64_t head_dim;
@@ -135,6 +135,9 @@ struct Attend {
   int64_t begin, end;     // context to look at: from a multiple of 16 on
   float* partial;         // [tokens * group, head_dim + 2] unnormalized sum, maximum, sum of weights
   float* scratch;         // scratch_floats(head_dim)
+  int64_t window;         // tokens that a token sees, itself included; 0: all before it
+  float softcap;          // bound of scores times log2(e); 0: none
+  const float* slopes;    // [group] ALiBi, times log2(e); null: none
 };
 inline int64_t scratch_floats(int64_t head_dim) {
   return MaxQueryRows * (ChunkTokens + 2 * head_dim + 4);
@@ -173,8 +176,8 @@ struct Ops {
   void (*quantize)(const float* x, int64_t blocks, int span, int32_t factor, int8_t* q, float* scale, int32_t* sums);
   // y = norm(x) * weight + bias over `columns`; weight, bias (or null) and x are padded to 32 with zeros.
   void (*norm)(NormKind, const float* x, const float* weight, const float* bias, int64_t columns, float eps, float* y);
-  // Rotates the halves of one head in place: cosine and sine [head_dim / 2].
-  void (*rotate)(float* head, const float* cosine, const float* sine, int64_t head_dim, float scale);
+  // Rotates the halves of the first `width` columns of one head in place: cosine and sine [width / 2].
+  void (*rotate)(float* head, const float* cosine, const float* sine, int64_t width, float scale);
   // Stores key and value of one token at `slot` of a page.
   void (*cache)(uint8_t* page, KvKind, int64_t head_dim, int slot, const float* key, const float* value);
   void (*attend)(const Attend&);

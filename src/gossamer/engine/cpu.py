@@ -21,14 +21,15 @@ from ..checkpoint.load import resident_bytes
 from ..checkpoint.memory import require_memory
 from ..errors import EngineError, KernelError, UnknownName
 from ..kernels import cpu as kernels
-from ..model.config import LayerConfig, ModelConfig
-from ..model.decoder import inverse_frequencies
+from ..model.config import LayerConfig
+from ..model.decoder import alibi_slopes, inverse_frequencies
 from ..model.families import FAMILIES, Family
 from .backend import BLOCK_SIZE, KV_DTYPES, Activations, Backend, Batch, Progress, kv_head_bytes
 from .packing import Packer, expansion
 
 MAX_GROUP = 48
 """Most query heads that may share a key-value head."""
+MAX_HEAD_DIM = 1024
 
 
 def supports(checkpoint: Checkpoint) -> str | None:
@@ -37,37 +38,14 @@ def supports(checkpoint: Checkpoint) -> str | None:
         kernels.extension()
     except KernelError as error:
         return error.message
-    config, layers = checkpoint.config, checkpoint.config.layers
-    missing = _missing(config)
-    if missing:
-        return f"it has {missing}"
+    layers = checkpoint.config.layers
+    if layers[0].head_dim % 2 or layers[0].head_dim > MAX_HEAD_DIM:
+        return f"its heads have {layers[0].head_dim} columns, not an even number up to {MAX_HEAD_DIM}"
     if len({layer.head_dim for layer in layers}) > 1:
         return "its layers have heads of different widths"
     if max(layer.group for layer in layers) > MAX_GROUP:
         return f"more than {MAX_GROUP} query heads share a key-value head"
     return None
-
-
-def _missing(config: ModelConfig) -> str | None:
-    """What of this model the executor does not compute, or None."""
-    layers, head_dim = config.layers, config.layers[0].head_dim
-    found = {
-        "learned positions": config.positions == "learned",
-        "ALiBi positions": config.positions == "alibi",
-        "layer norms": config.norm == "layer",
-        "parallel residuals": config.parallel,
-        "scaled embeddings": config.embed_scale != 1.0,
-        "a scale of queries": config.query_scale is not None,
-        "soft caps": config.attention_softcap is not None or config.final_softcap is not None,
-        "feed-forward networks without a gate": not all(layer.gated for layer in layers),
-        "sliding windows": any(layer.window is not None for layer in layers),
-        "rotary positions that differ between layers": any(layer.rope is not None for layer in layers),
-        "heads that are turned in part": config.rope.width(head_dim) != head_dim,
-        "norms of queries and keys": any(layer.qk_norm for layer in layers),
-        "norms behind attention": any(layer.post_norms for layer in layers),
-        f"the activation {config.activation}": config.activation == "relu",
-    }
-    return ", ".join(name for name, there in found.items() if there) or None
 
 
 class CpuBackend(Backend):
@@ -183,6 +161,9 @@ class _Loader:
         self.progress = progress
         self.packer = Packer(checkpoint, threads)
         self.family: Family = FAMILIES[checkpoint.config.family]
+        config = checkpoint.config
+        self.ropes = list(dict.fromkeys(rope for layer in config.layers if (rope := config.rope_of(layer)) is not None))
+        """Rotary positions, each of some layers."""
 
     def model(self) -> Any:
         """The executor's model, with every weight in it."""
@@ -196,13 +177,19 @@ class _Loader:
             head_dim=config.layers[0].head_dim,
             max_positions=config.max_positions,
             norm_eps=config.norm_eps,
-            norm="rms",
+            norm=config.norm,
             activation=config.activation,
-            inverse_frequencies=inverse_frequencies(config.rope, config.layers[0].head_dim).numpy(),
+            inverse_frequencies=[inverse_frequencies(rope, config.layers[0].head_dim).numpy() for rope in self.ropes],
             embedding=embedding,
             head=head,
-            final_norm=self._vector(self.family.module("final_norm")),
-            final_norm_bias=None,
+            **self._norm("final_norm", "final_norm"),
+            query_scale=config.query_scale,
+            embed_scale=config.embed_scale,
+            parallel=config.parallel,
+            attention_softcap=config.attention_softcap or 0.0,
+            final_softcap=config.final_softcap or 0.0,
+            positions=self._positions(),
+            **(self._norm("embed_norm", "embed_norm") if config.embed_norm else {}),
         )
         for i, layer in enumerate(config.layers):
             self._report(i + 1, total)
@@ -212,26 +199,55 @@ class _Loader:
 
     def _layer(self, i: int, layer: LayerConfig) -> dict[str, Any]:
         """Arguments of the executor's add_layer."""
-        name = {role: self.family.module(role, i) for role in self.family.modules}
         qkv, qkv_bias = self._fused(i, ("q", "k", "v"), interleave=False)
-        gate_up, gate_up_bias = self._fused(i, ("gate", "up"), interleave=True)
+        gate_up, gate_up_bias = self._fused(i, ("gate", "up") if layer.gated else ("up",), interleave=layer.gated)
+        rope = self.checkpoint.config.rope_of(layer)
+        alibi = self.checkpoint.config.positions == "alibi"
         return {
             "heads": layer.num_heads,
             "kv_heads": layer.num_kv_heads,
             "ffn_width": layer.ffn_width,
-            "attention_norm": self._vector(name["attn_norm"]),
-            "attention_norm_bias": None,
-            "ffn_norm": self._vector(name["ffn_norm"]),
-            "ffn_norm_bias": None,
+            **self._norm("attention_norm", "attn_norm", i),
+            **self._norm("ffn_norm", "ffn_norm", i),
             "qkv": qkv,
             "qkv_bias": qkv_bias,
-            "output": self.packer.pack([name["o"]]),
+            "output": self.packer.pack([self.family.module("o", i)]),
             "output_bias": self._bias(i, "o"),
             "gate_up": gate_up,
             "gate_up_bias": gate_up_bias,
-            "down": self.packer.pack([name["down"]]),
+            "down": self.packer.pack([self.family.module("down", i)]),
             "down_bias": self._bias(i, "down"),
+            "gated": layer.gated,
+            "window": layer.window or 0,
+            "rope": -1 if rope is None else self.ropes.index(rope),
+            "slopes": alibi_slopes(layer.num_heads).numpy() if alibi else None,
+            **self._more_norms(i, layer),
         }
+
+    def _more_norms(self, i: int, layer: LayerConfig) -> dict[str, Any]:
+        """Weights of norms that only some families have."""
+        names = {
+            "q_norm": "q_norm",
+            "k_norm": "k_norm",
+            "attn_post_norm": "attention_post_norm",
+            "ffn_post_norm": "ffn_post_norm",
+        }
+        there = layer.norm_sizes(self.checkpoint.config.hidden_size)
+        return {name: self._norm(name, role, i)[name] for role, name in names.items() if role in there}
+
+    def _norm(self, name: str, role: str, i: int | None = None) -> dict[str, Any]:
+        """Arguments `name` and `name`_bias: what a norm multiplies by and adds."""
+        config, module = self.checkpoint.config, self.family.module(role, i)
+        weight = self._vector(module) + np.float32(config.norm_offset)
+        return {name: weight, f"{name}_bias": self._vector(module, "bias") if config.norm == "layer" else None}
+
+    def _positions(self) -> NDArray[np.float32] | None:
+        """Learned positions [max_positions, hidden_size]."""
+        config = self.checkpoint.config
+        if config.positions != "learned":
+            return None
+        table = self.checkpoint.tensor(f"{self.family.module('positions')}.weight", slice(config.position_offset, None))
+        return table.contiguous().numpy()
 
     def _fused(self, i: int, roles: Sequence[str], interleave: bool) -> tuple[list[Any], list[Any]]:
         """Weights that read one input, as one if all are stored alike, and the bias of each."""
