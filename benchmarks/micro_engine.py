@@ -53,13 +53,16 @@ class Kernel:
     asymmetric: bool = False
     exact: bool = False
     """True: integers by float activations."""
+    sparsity: float = 0.0
+    """Share of zeros; with any, the weight is held without them."""
 
     @property
     def name(self) -> str:
+        sparse = f"-sparse{round(100 * self.sparsity)}" if self.sparsity else ""
         if self.bits > 8:
-            return "bf16" if self.bits == 16 else "f32"
+            return ("bf16" if self.bits == 16 else "f32") + sparse
         group = f"g{self.group_size}" if self.group_size else "row"
-        return f"int{self.bits}-{group}{'-asym' if self.asymmetric else ''}{'-exact' if self.exact else ''}"
+        return f"int{self.bits}-{group}{'-asym' if self.asymmetric else ''}{'-exact' if self.exact else ''}{sparse}"
 
     @property
     def integer(self) -> bool:
@@ -70,6 +73,7 @@ class Kernel:
 KERNELS = (
     Kernel(8), Kernel(8, 64), Kernel(4, 32), Kernel(4, 64), Kernel(4, 64, asymmetric=True), Kernel(3, 64),
     Kernel(2, 64), Kernel(8, exact=True), Kernel(4, 64, exact=True), Kernel(16), Kernel(32),
+    Kernel(8, sparsity=0.5), Kernel(16, sparsity=0.5),
 )  # fmt: skip
 
 
@@ -231,13 +235,25 @@ class Bench:
 
 def weight(kernel: Kernel, rows: int, arena: Any = None) -> Any:
     """A random weight [rows, COLUMNS], packed. Numbers of 16 bits stay below those of infinity and NaN."""
-    extension, generator = cpu.extension(), np.random.default_rng(1)
+    extension = cpu.extension()
     arena = extension.Arena() if arena is None else arena
+    if kernel.sparsity:
+        return extension.squeeze(arena, whole(kernel, rows, extension.Arena()), 1)
+    return whole(kernel, rows, arena)
+
+
+def whole(kernel: Kernel, rows: int, arena: Any) -> Any:
+    """The same with its zeros."""
+    extension, generator = cpu.extension(), np.random.default_rng(1)
+    zeros = generator.random((rows, COLUMNS)) < kernel.sparsity
     if kernel.bits == 32:
         return extension.pack_f32(arena, [generator.standard_normal((rows, COLUMNS), np.float32)], False, 1)
     if kernel.bits == 16:
-        return extension.pack_bf16(arena, [generator.integers(0, 0x4000, (rows, COLUMNS), np.uint16)], False, 1)
+        numbers = generator.integers(0, 0x4000, (rows, COLUMNS), np.uint16)
+        return extension.pack_bf16(arena, [np.where(zeros, np.uint16(0), numbers)], False, 1)
     words = generator.integers(-(2**31), 2**31, (rows, cpu.words(COLUMNS, kernel.bits)), np.int32)
+    if kernel.bits == 8:
+        words.view(np.uint8)[zeros] = 128
     groups = COLUMNS // kernel.group_size if kernel.group_size else 1
     scale = generator.random((rows, groups), np.float32).astype(np.float16).astype(np.float32)
     zero = generator.integers(-1, 2, (rows, groups), np.int8) if kernel.asymmetric else None

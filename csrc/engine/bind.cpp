@@ -19,6 +19,7 @@
 #include "../threads.hpp"
 #include "model.hpp"
 #include "sample.hpp"
+#include "squeeze.hpp"
 #include "team.hpp"
 
 namespace nb = nanobind;
@@ -158,6 +159,7 @@ void keep(PackedMatrix& weight, Ints rows, Ints columns, Array<const float, 1> v
   const Matrix& m = weight.matrix;
   const size_t count = rows.shape(0);
   require(columns.shape(0) == count && values.shape(0) == count, "rows, columns and values must be equally many");
+  require(weight.tile_start.empty(), "nothing can be kept beside a squeezed weight");
   require(!m.sparse_start, "weights are kept beside this one already");
   require(m.columns <= 65536, "weights can be kept beside those of up to 65536 columns");
   for (size_t i = 0; i < count; ++i)
@@ -172,6 +174,16 @@ void after(PackedMatrix& weight, Weight first) {
   require(!weight.first && !first->first && first.get() != &weight, "a weight has two factors at most");
   require(!weight.turns && !first->turns, "the rows of factors are in order");
   weight.first = std::move(first);
+}
+
+Weight squeezed(std::shared_ptr<Arena> arena, const PackedMatrix& whole, int threads) {
+  require(can_squeeze(whole), "only whole integers of 8 bits without zero points, and bfloat16, can be squeezed");
+  checked(threads);
+  auto weight = std::make_shared<PackedMatrix>();
+  weight->arena = std::move(arena);
+  nb::gil_scoped_release release;
+  squeeze(whole, threads, *weight);
+  return weight;
 }
 
 template <class T>
@@ -227,7 +239,7 @@ void linear(const PackedMatrix& weight, Array<const float, 2> x, bool exact, int
   e.y = y.data();
   e.stride = e.rows = m.rows;
   parallel_for((m.tiles + 1) / 2, threads, [&](int64_t begin, int64_t end, int) {
-    ops.matmul(m, acts, exact, 2 * begin, std::min(2 * end, m.tiles), e);
+    multiply(ops, weight, acts, exact, 2 * begin, std::min(2 * end, m.tiles), e);
   });
 }
 
@@ -236,6 +248,7 @@ void rows_of(const PackedMatrix& weight, Ints rows, Array<float, 2> out) {
   require(!weight.first, "two factors have no rows");
   require(out.shape(0) == rows.shape(0) && int64_t(out.shape(1)) == m.columns, "out does not fit the rows");
   require(m.tiles * TileRows < m.rows + TileRows, "a weight in turns of tiles has no rows of its own");
+  require(weight.tile_start.empty(), "a squeezed weight has no rows of its own");
   std::vector<float> row(m.blocks * BlockColumns);
   for (size_t i = 0; i < rows.shape(0); ++i) {
     require(0 <= rows.data()[i] && rows.data()[i] < m.rows, "no such row");
@@ -461,7 +474,8 @@ void bind_engine(nb::module_& m) {
                    [](const PackedMatrix& w) {
                      const Matrix& m = w.matrix;
                      const int64_t factors = m.row_factor ? m.tiles * TileRows * int64_t(sizeof(float)) : 0;
-                     return m.tiles * m.tile_bytes + factors + int64_t(w.sparse_bytes);
+                     const int64_t tiles = w.tile_start.empty() ? m.tiles * m.tile_bytes : w.tile_start.back();
+                     return tiles + factors + int64_t(w.sparse_bytes);
                    })
       .def("keep", keep, nb::arg("rows").noconvert(), nb::arg("columns").noconvert(), nb::arg("values").noconvert())
       .def("after", after, nb::arg("first"))
@@ -479,6 +493,8 @@ void bind_engine(nb::module_& m) {
         nb::arg("threads"));
   m.def("pack_f32", packed_dense<float>, arena, nb::arg("parts").noconvert(), nb::arg("interleave"),
         nb::arg("threads"));
+  m.def("squeeze", squeezed, arena, nb::arg("whole"), nb::arg("threads"));
+  m.def("squeezing_pays", squeezing_pays);
   m.def("norm", norm_rows, nb::arg("kind"), nb::arg("x").noconvert(), nb::arg("weight").noconvert(),
         nb::arg("bias").noconvert().none(), nb::arg("eps"), nb::arg("y").noconvert());
   m.def("gate", gate_rows, nb::arg("activation"), nb::arg("g").noconvert(), nb::arg("u").noconvert(),

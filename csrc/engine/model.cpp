@@ -11,6 +11,7 @@
 #include <string>
 
 #include "../isa.hpp"
+#include "squeeze.hpp"
 
 namespace gossamer {
 namespace {
@@ -243,7 +244,8 @@ static void multiply(const Ops& ops, bool exact, const std::vector<Product>& pro
       const Matrix& m = products[i].weight->matrix;
       const int64_t count = (m.tiles + 1) / 2;
       const int64_t from = std::max(begin, first) - first, until = std::min(end, first + count) - first;
-      if (from < until) ops.matmul(m, acts[i], exact, 2 * from, std::min(2 * until, m.tiles), products[i].epilogue);
+      if (from < until)
+        multiply(ops, *products[i].weight, acts[i], exact, 2 * from, std::min(2 * until, m.tiles), products[i].epilogue);
       first += count;
     }
   });
@@ -296,6 +298,7 @@ Model::Model(ModelShape s, Weight embedding, Weight head, NormWeights final_norm
   if (!embed_norm_.weight.empty())
     embed_norm_ = padded_norm(std::move(embed_norm_), shape.hidden_size, "the norm of the embedding");
   for (const Weight& w : {embedding_, head_}) {
+    require(w && (w != embedding_ || w->tile_start.empty()), "a squeezed weight cannot be the embedding");
     require(w && w->matrix.columns == shape.hidden_size && w->matrix.rows == shape.vocab_size,
             "embedding and head must be [vocab_size, hidden_size]");
     require(!w->first, "embedding and head cannot be two factors");

@@ -33,6 +33,7 @@ struct PackedMatrix {
   std::shared_ptr<Arena> arena;
   int64_t turns = 0;  // rows of each of two parts whose tiles are in turns; 0: rows are in order
   size_t sparse_bytes = 0;
+  std::vector<int64_t> tile_start;  // squeezed (squeeze.hpp): [tiles + 1] bytes before each tile; empty: tiles are whole
   std::shared_ptr<PackedMatrix> first;  // of two factors: what an input is multiplied by before this one, or null
 
   int64_t inputs() const { return first ? first->matrix.columns : matrix.columns; }

@@ -4,7 +4,7 @@
     nf4, fp4, mxfp4, nvfp4         4-bit codes, looked up in registers; groups of 16 columns as well
     fp8                            bytes, made floats in registers
     outliers of integers           beside the packed weight, in float32
-    sparse weights                 filled up with their zeros, and then as what they hold
+    sparse weights                 with their zeros; int8 and bfloat16 without, where AVX-512 fills them up
     two factors                    each as its own format says; where rows are looked up, as what fits none
     k-means, and what fits none    bfloat16 (integers in other groups: float32); `Packer.expanded` names those
 Knows checkpoints and the extension; knows no layers.
@@ -56,6 +56,16 @@ def held_as(form: Format, columns: int, dense: torch.dtype) -> Held:
     return "bf16" if held is torch.bfloat16 else "float"
 
 
+def squeezable(held: Held) -> bool:
+    """True if a weight that is held so can be held without its zeros."""
+    return held == "bf16" or (isinstance(held, Integer) and held.bits >= 7 and held.symmetric and not held.outliers)
+
+
+def squeezes(held: Held) -> bool:
+    """True if a sparse weight that is held so is held without its zeros: where that makes it faster."""
+    return squeezable(held) and bool(kernels.extension().squeezing_pays())
+
+
 def expansion(checkpoint: Checkpoint) -> int:
     """Bytes by which weights grow that are not held as they are stored."""
     total = 0
@@ -71,6 +81,8 @@ def _growth(form: Format, shape: tuple[int, ...], dense: torch.dtype) -> int:
     if len(shape) != 2 or isinstance(form, Dense):
         return 0
     held = held_as(form, shape[1], dense)
+    if isinstance(form, Sparse) and squeezes(held):
+        return 0
     if held == "bf16":
         return Dense(torch.bfloat16).nbytes(shape) - form.nbytes(shape)
     if isinstance(form, Sparse):
@@ -119,14 +131,14 @@ class Packer:
 
     def alike(self, modules: Sequence[str]) -> bool:
         """True if these modules' weights can be rows of one packed weight."""
-        held = {self._held(m) for m in modules}
-        return len(held) == 1 and not isinstance(held.pop(), LowRank)
+        held = {(self._held(m), self._is_sparse(m)) for m in modules}
+        return len(held) == 1 and not isinstance(held.pop()[0], LowRank)
 
     def pack_rows(self, module: str) -> Any:
         """A weight whose rows are looked up: factors are multiplied out."""
         held = self._held(module)
         if not isinstance(held, LowRank):
-            return self.pack([module])
+            return self._whole([module], held, False)
         return self._dense([f"{module}.weight"], held_as(Dense(self.checkpoint.dtype), 1, self.checkpoint.dtype), False)
 
     def pack(self, modules: Sequence[str], interleave: bool = False) -> Any:
@@ -134,7 +146,18 @@ class Packer:
         held = self._held(modules[0])
         if isinstance(held, LowRank):
             return self._pair(modules[0])
+        if not (self._is_sparse(modules[0]) and squeezes(held)):
+            return self._whole(modules, held, interleave)
+        apart = copy(self)
+        apart.arena, apart.filled = self.extension.Arena(), set()
+        whole = apart._whole(modules, held, interleave)
+        self.coded = self.coded or apart.coded
+        return self.extension.squeeze(self.arena, whole, self.threads)
+
+    def _whole(self, modules: Sequence[str], held: Held, interleave: bool) -> Any:
+        """Weights that are no factors, with all of their zeros."""
         names = [f"{m}.weight" for m in modules]
+        self.filled |= {form.name for form in map(self.checkpoint.format, names) if isinstance(form, Sparse)}
         if isinstance(held, Integer):
             self.coded = True
             parts = [self._integer_part(held, name) for name in names]
@@ -177,10 +200,12 @@ class Packer:
         name = f"{module}.weight"
         return held_as(self.checkpoint.format(name), self.checkpoint.shape(name)[1], self.checkpoint.dtype)
 
+    def _is_sparse(self, module: str) -> bool:
+        return isinstance(self.checkpoint.format(f"{module}.weight"), Sparse)
+
     def _integer_part(self, form: Integer, name: str) -> Any:
         stored, tensors = self.checkpoint.format(name), self.checkpoint.stored(name)
         if isinstance(stored, Sparse):
-            self.filled.add(stored.name)
             tensors = stored.filled(tensors)
         zero = None
         if not form.symmetric:
@@ -220,7 +245,7 @@ class Packer:
     def _bfloat16(self, name: str) -> Tensor:
         """A weight in bfloat16; of a quantized one it is noted whether that changes it."""
         form = self.checkpoint.format(name)
-        if isinstance(form, Dense):
+        if isinstance(form.grid, Dense):
             return self.checkpoint.tensor(name, dtype=torch.bfloat16).contiguous()
         weight = self.checkpoint.tensor(name)
         held = weight.bfloat16()
