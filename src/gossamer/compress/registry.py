@@ -14,6 +14,7 @@ from .prune.depth import Depth
 from .prune.flap import FLAP
 from .prune.llm_pruner import LLMPruner
 from .prune.magnitude import Magnitude
+from .prune.slicegpt import SliceGPT
 from .prune.sparsegpt import SparseGPT
 from .prune.wanda import Wanda
 from .prune.wanda_sp import WandaSP
@@ -41,6 +42,7 @@ _ROWS: tuple[type[Method], ...] = (
     WandaSP,
     FLAP,
     LLMPruner,
+    SliceGPT,
     Depth,
     SVD,
     ASVD,

@@ -35,10 +35,12 @@ STAGES: dict[str, list[dict[str, Any]]] = {
 }
 CUT = {"ratio": 0.1, "heads": "keep", "multiple": 1}
 STAGES |= {name: [{"method": name, **CUT}] for name in ("flap", "wanda-sp", "llm-pruner")}
+STAGES["slicegpt"] = [{"method": "slicegpt", "ratio": 0.05, "multiple": 1}]
 STAGES["depth"] = [{"method": "depth", "ratio": 0.3}]
-REFUSED = {"rotate": {"gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "bloom"}}
+UNTURNABLE = {"gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "bloom"}
+REFUSED = {"rotate": UNTURNABLE, "slicegpt": UNTURNABLE}
 """Whose norms do not commute with a rotation."""
-BOUNDS = {"squeezellm": 0.6, "flap": 0.7, "wanda-sp": 0.7, "llm-pruner": 0.7, "depth": 1.5}
+BOUNDS = {"squeezellm": 0.6, "flap": 0.7, "wanda-sp": 0.7, "llm-pruner": 0.7, "slicegpt": 1.0, "depth": 1.5}
 """Of the error of logits over their spread, where the method has no 8 bits."""
 
 

@@ -158,16 +158,16 @@ class Rotate(Transform):
 
     def apply(self, checkpoint: Checkpoint) -> Checkpoint:
         """The rotated model, whose tensors are computed as they are read. Raises CompressionError."""
-        _require_rotatable(checkpoint.config)
+        require_rotatable(checkpoint.config, self.name)
         return RotatedCheckpoint(checkpoint, self.options)
 
     def expect(self, config: ModelConfig) -> ModelConfig:
         """With a head of its own, which it gets unless the final norm multiplies all channels alike."""
-        _require_rotatable(config)
+        require_rotatable(config, self.name)
         return replace(config, tie_embeddings=False)
 
 
-def _require_rotatable(config: ModelConfig) -> None:
+def require_rotatable(config: ModelConfig, method: str) -> None:
     """Raises CompressionError for a model in which something else than linear layers touches the residual stream."""
     reason = None
     if config.norm != "rms":
@@ -176,7 +176,7 @@ def _require_rotatable(config: ModelConfig) -> None:
         reason = "norms stand between its linear layers and the residual stream, and multiply each channel by a weight"
     if reason is not None:
         raise CompressionError(
-            f"rotate: a model of the family {config.family} cannot be rotated: {reason}",
+            f"{method}: a model of the family {config.family} cannot be rotated: {reason}",
             hint="leave the stage away",
         )
 
@@ -197,7 +197,7 @@ class RotatedCheckpoint(Checkpoint):
         self._stream = Rotation(base.config.hidden_size, options.seed, options.kind)
         # All layers share one rotation of values: heads of one width are all that the model families have.
         self._values = Rotation(base.config.layers[0].head_dim, options.seed + 1, options.kind)
-        self._places = dict(_places(family, self.config))
+        self._places = dict(places(family, self.config))
 
     def format(self, name: str) -> Format:
         self.shape(name)
@@ -273,7 +273,7 @@ class RotatedCheckpoint(Checkpoint):
         return ((name, iter((self.tensor(name, dtype=self.dtype),))) for name in self.names())
 
 
-def _places(family: Family, config: ModelConfig) -> Iterator[tuple[str, tuple[str, int | None, str]]]:
+def places(family: Family, config: ModelConfig) -> Iterator[tuple[str, tuple[str, int | None, str]]]:
     """Tensor name -> role, block and whether it is a weight or a bias."""
     for role in ("embed", "final_norm", "head"):
         yield f"{family.module(role)}.weight", (role, None, "weight")
