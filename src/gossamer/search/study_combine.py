@@ -24,7 +24,6 @@ STAGES: dict[str, dict[str, Any]] = {
     "rotate": {"method": "rotate"},
     "flap": {"method": "flap", "ratio": 0.2},
     "depth": {"method": "depth", "ratio": 0.1},
-    "svd-llm": {"method": "svd-llm", "ratio": 0.8},
     "sparsegpt": {"method": "sparsegpt", "sparsity": 0.5},
     "recover-local": {"method": "recover-local"},
     "svd-llm": {"method": "svd-llm", "ratio": 0.8},
