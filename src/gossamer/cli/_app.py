@@ -35,6 +35,7 @@ from .report import report
 from .rm import rm
 from .run import run
 from .serve import serve
+from .soak import soak
 from .study import study_precision
 from .study_combine import study_combine
 from .study_rank import study_rank
@@ -95,6 +96,7 @@ app.command("bench serve")(bench_serve)
 app.command("study precision")(study_precision)
 app.command("study combine")(study_combine)
 app.command("study rank")(study_rank)
+app.command()(soak)
 app.command()(report)
 app.command()(pull)
 app.command()(ls)

@@ -111,7 +111,7 @@ def bench_model(
     began = time.perf_counter()
     progress = loading(channel, checkpoint)
     llm = LLM(checkpoint, weights, backend=backend, activations=activations, kv_cache=kv_cache, progress=progress)
-    channel.fact("engine", _engine(llm.backend))
+    channel.fact("engine", engine_facts(llm.backend))
     load_s = opening + time.perf_counter() - began
     loaded = read_usage(settle=True).rss
     yield None
@@ -193,7 +193,7 @@ def _load(
     return choose(checkpoint, backend, weights, activations, kv_cache, loading(channel, checkpoint))
 
 
-def _engine(backend: Backend) -> dict[str, Any]:
+def engine_facts(backend: Backend) -> dict[str, Any]:
     """What a record says about the engine: the arguments of `records.engine_block`."""
     return {
         "backend": backend.name,
@@ -292,7 +292,7 @@ class _Judge(_Text):
     def load(self, index: int, name: str) -> Backend:
         """Load one model. Raises GossamerError."""
         backend = self._checked(index, name)
-        self.channel.fact(f"engine {index}", _engine(backend))
+        self.channel.fact(f"engine {index}", engine_facts(backend))
         return backend
 
     def _checked(self, index: int, name: str) -> Backend:

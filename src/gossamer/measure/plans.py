@@ -67,3 +67,46 @@ class SpeedPlan:
                 f"{self.prompt_tokens} + {self.output_tokens} tokens do not fit a context of {max_positions}",
                 hint="lower --prompt-tokens or --output-tokens",
             )
+
+
+@dataclass(frozen=True)
+class SoakPlan:
+    """How long a model is watched, and over what. Raises UsageError."""
+
+    minutes: float = 60.0
+    rounds: int | None = None
+    """Most conversations, whatever time is left."""
+    context: int | None = None
+    """Tokens of a conversation and of a window; None: as many as the model has positions."""
+    windows: int = 1
+    """Of the text, judged before and after."""
+    turn: int = 64
+    """Tokens of a piece of text, and of an answer."""
+    bound: float | None = None
+    """Nats by which a repeated number may differ; None: the backend's (none for cpu)."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"rounds": 0, "context": 32, "windows": 1, "turn": 1}
+        for name, smallest in least.items():
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise UsageError(f"{name} is {value}, must be {smallest} or more")
+        for name in ("minutes", "bound"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UsageError(f"{name} is {value}, must be a number from 0 up")
+
+    def check(self, max_positions: int, tokens: int) -> int:
+        """Tokens of a context, for a model of so many positions and a text of so many tokens. Raises MeasureError."""
+        context = max_positions if self.context is None else self.context
+        if context > max_positions:
+            raise MeasureError(f"the model sees {max_positions} tokens, not {context}", hint="lower --context")
+        if 2 * self.turn > context:
+            raise MeasureError(f"a turn of {self.turn} and {self.turn} tokens does not fit a context of {context}")
+        if tokens < self.windows * context:
+            raise MeasureError(
+                f"the text has {tokens} tokens, less than {self.windows} x {context}",
+                hint="lower --context or --windows, or take a longer --corpus",
+            )
+        return context

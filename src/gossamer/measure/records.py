@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 Record: TypeAlias = dict[str, Any]
-Kind: TypeAlias = Literal["eval", "bench", "compress", "load"]
+Kind: TypeAlias = Literal["eval", "bench", "compress", "load", "soak"]
 
 _ISA = {
     "avx2": "avx2",

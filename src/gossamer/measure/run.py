@@ -18,7 +18,7 @@ from ..errors import UnknownName
 from .corpus import Corpus
 from .engines.entries import Entry, enter
 from .engines.peers import OURS
-from .plans import SpeedPlan, WindowPlan
+from .plans import SoakPlan, SpeedPlan, WindowPlan
 from .records import Kind, Record, engine_block, make_record, unknown_model_block
 from .worker import Job, Progress, Worker, WorkerError
 
@@ -173,6 +173,66 @@ def _text_of(request: EvalRequest) -> dict[str, Any]:
         "corpus_sha256": request.corpus.sha256,
         "plan": asdict(request.plan),
         "tokens": request.tokens,
+    }
+
+
+def soak_model(
+    model: str,
+    request: EvalRequest,
+    plan: SoakPlan,
+    progress: Progress,
+) -> Record:
+    """One soak record: of `request`, what to judge on and with what. Ctrl-C ends it with what there is by then."""
+    job = Job(
+        "gossamer.measure.soak:soak_model",
+        {
+            "model": model,
+            "reference": request.reference,
+            "corpus": request.corpus_source,
+            "plan": asdict(plan),
+            "weights": request.weights,
+            "backend": request.backend,
+            "activations": request.activations,
+            "kv_cache": request.kv_cache,
+        },
+        request.threads,
+    )
+    found: dict[str, Any] = {}
+    error: dict[str, Any] | None = None
+    with Worker(job, progress) as worker:
+        try:
+            for value in worker:
+                found = value
+        except WorkerError as failure:
+            error = _failure(failure)["error"]
+        except KeyboardInterrupt:
+            if not found:
+                raise
+            worker.close(kill=True)
+        facts = worker.facts
+    record = _record(
+        "soak",
+        facts.get("model") or unknown_model_block(model),
+        _soak_protocol(request, plan, facts),
+        {"results": found} if error is None else {"error": error},
+        request.threads,
+        engine_block(**(facts.get("engine") or {"backend": None})),
+    )
+    return record | {"results": found}
+
+
+def _soak_protocol(request: EvalRequest, plan: SoakPlan, facts: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "corpus": request.corpus.name,
+        "corpus_sha256": request.corpus.sha256,
+        **asdict(plan),
+        "reference": request.reference,
+        "reference_fingerprint": facts.get("reference_fingerprint"),
+        "weights": request.weights,
+        "backend": request.backend,
+        "activations": request.activations,
+        "threads": _threads(request.threads),
+        **_if_chosen(request.kv_cache),
     }
 
 

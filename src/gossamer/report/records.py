@@ -17,6 +17,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 from ..errors import MeasureError, UsageError
 
 SCHEMA = 1
+UNTABLED = ("load", "soak")
+"""Kinds of record that have no row in these tables; they may stand in the same file."""
 MAX_LINE_BYTES = 16 * 2**20
 """A record of a thousand layers is a hundred kilobytes; a longer line is not a record."""
 
@@ -227,14 +229,14 @@ def _read(file: Path) -> Iterator[Record]:
                 number += 1
                 if len(line) > MAX_LINE_BYTES:
                     raise MeasureError(f"{file}:{number}: longer than {MAX_LINE_BYTES} bytes: not a result record")
-                if line.strip():
-                    yield _parse(line, f"{file}:{number}")
+                if line.strip() and (record := _parse(line, f"{file}:{number}")) is not None:
+                    yield record
     except OSError as error:
         raise MeasureError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 
-def _parse(line: bytes, where: str) -> Record:
-    """One validated record. `where` is `file:line`, for the message."""
+def _parse(line: bytes, where: str) -> Record | None:
+    """One validated record, or None for one that has no row. `where` is `file:line`, for the message."""
     try:
         value = pydantic_core.from_json(line)
     except ValueError as error:
@@ -244,7 +246,7 @@ def _parse(line: bytes, where: str) -> Record:
         ) from error
     if not isinstance(value, dict):
         raise MeasureError(f"{where}: a record is a JSON object, this is a {type(value).__name__}")
-    return as_record(value, where)
+    return None if value.get("kind") in UNTABLED else as_record(value, where)
 
 
 def as_record(value: Mapping[str, Any], where: str) -> Record:
