@@ -19,6 +19,7 @@ import pytest
 
 from fake_openai import FakeServer, serving
 from gossamer.checkpoint import open_checkpoint
+from gossamer.cli import main
 from gossamer.errors import EngineMissing, MeasureError, UnknownName, UnsupportedModel, UsageError
 from gossamer.measure import run
 from gossamer.measure.corpus import load_corpus
@@ -155,6 +156,28 @@ def test_the_protocol_of_another_engine_is_that_of_ours(tiny: Path, fake_python:
     assert set(theirs["results"]) == set(ours["results"])
     assert ours["results"]["rm_reserved_bytes"] > 0
     assert set(theirs_judged["results"]) == set(ours_judged["results"])
+
+
+def test_the_command_shows_every_engine_and_how_the_absent_are_installed(
+    tiny: Path, fake_python: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "r.jsonl"
+    shape = ["--prompt-tokens", "5", "--output-tokens", "3", "--repetitions", "1", "--threads", "1"]
+    judged = ["--perplexity", "100", "--context", "32"]
+    assert main(["bench", str(tiny), "--engine", "all,openvino", *shape, *judged, "--out", str(out)]) == 1
+    printed = capsys.readouterr()
+    header, *rows = [line.split() for line in printed.out.splitlines() if line.strip()][:4]
+    assert [row[1] for row in rows] == ["gossamer", "vllm", "openvino"]
+    assert "reserved" in header
+    assert float(rows[1][-1].replace(",", "")) > 100  # the double is near to chance, 300 tokens
+    assert rows[2][3] == "failed"
+    assert "perplexity of 48 tokens of pydoc-topics" in printed.out
+    assert "llama.cpp is not installed: python -m venv" in printed.err
+    assert "openvino is not installed:" not in printed.err  # it was asked for by name, and is a row
+    assert f"failed: {tiny} in openvino: UnsupportedModel" in printed.err
+    assert main(["report", str(out), "--json"]) == 0
+    engines = {row["engine"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert {"vllm 9.9 (bfloat16)", "openvino"} <= engines
 
 
 def test_what_cannot_start_is_a_row_that_failed(tiny: Path, fake_python: Path, tmp_path: Path) -> None:
