@@ -40,13 +40,15 @@ def test_every_command_of_a_page_runs(page: str, tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stderr.decode()}"
 
 
-def test_the_recipe_in_the_howto_is_one(tmp_path: Path) -> None:
+def test_the_recipes_in_the_howto_are_some(tmp_path: Path) -> None:
     from gossamer.compress.recipe import load_recipe
 
     text = (ROOT / "docs/howto/compress.md").read_text()
-    (found,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    (tmp_path / "mine.yaml").write_text(found)
-    assert load_recipe(tmp_path / "mine.yaml", ROOT / "recipes").name == "mine"
+    names = []
+    for found in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+        (tmp_path / "one.yaml").write_text(found)
+        names.append(load_recipe(tmp_path / "one.yaml", ROOT / "recipes").name)
+    assert names == ["mine", "recovered"]
 
 
 def test_links_between_pages_lead_somewhere() -> None:
