@@ -20,8 +20,6 @@ from ..formats import Dense, Format, Sparse
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """progress(label, done, total)."""
-WRITTEN = ("llama", "mistral")
-"""Families that are exported: they have llama's layers by llama's names."""
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """Name of a layout of floats -> dtype."""
 
@@ -59,15 +57,17 @@ class Export(abc.ABC):
     """What `Options.layout` may be; the first is the choice without one."""
     engine: ClassVar[str | None] = None
     """Which engine can run it, as `engines.py` names it."""
+    families: ClassVar[tuple[str, ...]] = ("llama", "mistral")
+    """Families of models that are written."""
     one_file: ClassVar[bool] = False
     """The output is a file, not a folder."""
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         self.checkpoint, self.options = checkpoint, options
-        if checkpoint.config.family not in WRITTEN:
+        if checkpoint.config.family not in self.families:
             raise ExportError(
                 f"{self.target}: a {checkpoint.config.family} ({checkpoint.name}) is not written for other engines",
-                hint="written are " + ", ".join(WRITTEN),
+                hint=f"written for {self.target} are " + ", ".join(self.families),
             )
         self.layout = (options.layout or self.layouts[0]).lower()
         if self.layout not in self.layouts:

@@ -129,5 +129,6 @@ class CompressedReader(FolderReader):
         return found
 
     def weight(self, name: str) -> torch.Tensor:
-        quantized = self.has(name.replace(".weight", ".weight_scale"))
-        return self.unpacked(name.removesuffix(".weight")) if quantized else super().weight(name)
+        module, _, suffix = name.rpartition(".")
+        quantized = suffix == "weight" and self.has(f"{module}.weight_scale")
+        return self.unpacked(module) if quantized else super().weight(name)

@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -23,6 +23,8 @@ FLOAT_RECIPES = "recipes that leave embedding and head in float (int4-gptq, int4
 
 class FolderExport(Export):
     """A model folder of safetensors with one quantization_config."""
+
+    families: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         super().__init__(checkpoint, options)

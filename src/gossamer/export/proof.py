@@ -107,15 +107,16 @@ def prompts_of(checkpoint: Checkpoint) -> list[list[int]]:
 
 def judge(written: Checkpoint, prompts: Sequence[Sequence[int]], answers: Answers) -> dict[str, Any]:
     """Compare an engine's greedy answers with our logits. Raises ProofFailed if a token is none of ours."""
-    decoder = load_decoder(written)
+    decoder, ends = load_decoder(written), torch.tensor(sorted(written.tokenizer().eos_ids))
     agreed, gaps = 0, []
     for prompt, answer in zip(prompts, answers.tokens, strict=True):
         if not answer or not all(0 <= token < written.config.vocab_size for token in answer):
             raise ProofFailed(f"{answers.engine} answered {str(answer)[:80]}, which are no tokens of the model")
         logits = decoder(torch.tensor([[*prompt, *answer[:-1]]]))[0, len(prompt) - 1 :]
+        best = _favourites(logits, answer, ends)
         chosen = logits.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
-        agreed += int((logits.argmax(-1) == torch.tensor(answer)).sum())
-        gaps += ((logits.max(-1).values - chosen) / logits.std(-1)).tolist()
+        agreed += int((best == chosen).sum())
+        gaps += ((best - chosen) / logits.std(-1)).tolist()
     if max(gaps) > GAP:
         raise ProofFailed(
             f"{answers.engine} gave a token {max(gaps):.2f} standard deviations of the logits below ours, over {GAP}",
@@ -123,3 +124,9 @@ def judge(written: Checkpoint, prompts: Sequence[Sequence[int]], answers: Answer
         )
     total = len(list(itertools.chain(*answers.tokens)))
     return {"engine": answers.engine, "tokens": total, "agree": agreed, "max_gap": max(gaps)}
+
+
+def _favourites(logits: torch.Tensor, answer: Sequence[int], ends: torch.Tensor) -> torch.Tensor:
+    """Our largest logits [tokens]: engines are told not to end, which some obey by never giving a token that would."""
+    without_ends = logits.index_fill(1, ends, -torch.inf).max(-1).values
+    return torch.where(torch.isin(torch.tensor(answer), ends), logits.max(-1).values, without_ends)

@@ -33,6 +33,7 @@ class TensorRTExport(FolderExport):
 
     target = "tensorrt-llm"
     layouts = ("stored", "f16", "bf16")
+    families = ("llama", "mistral")
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         formats = linear_formats(checkpoint)

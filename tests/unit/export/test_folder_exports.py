@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from exports import make_artifact, run_export
 from gossamer.checkpoint import open_checkpoint
+from gossamer.checkpoint.load import load_decoder
 from gossamer.errors import ExportError, ProofFailed, UnknownName
 from gossamer.export import awq, gptq, mlc, proof, tensorrt_llm
 from gossamer.export.engines import Answers, find
@@ -263,9 +264,26 @@ def test_transformers_itself_runs_the_folder(tmp_path) -> None:
 
 @pytest.mark.parametrize("target", ["gguf", *FOLDERS])
 def test_families_that_are_not_written_are_named(tmp_path, target) -> None:
-    model = make_artifact(tmp_path / "m", Integer(4, 64), model_type="qwen2")
-    with pytest.raises(ExportError, match="qwen2"):
+    model = make_artifact(tmp_path / "m", Integer(4, 64), model_type="gemma2")
+    with pytest.raises(ExportError, match="gemma2"):
         run_export(model, target, tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("target", ["transformers", "gptq", "awq"])
+def test_other_families_with_llamas_names_are_written(tmp_path, family, target) -> None:
+    model = make_artifact(tmp_path / "m", Integer(4, 32), model_type=family)
+    assert run_export(model, target, tmp_path / "out")["weights"]["max_abs_error"] == 0.0
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (said["model_type"], said["architectures"]) == (family, [f"{family.capitalize()}ForCausalLM"])
+    if target == "transformers":
+        from transformers import AutoModelForCausalLM
+
+        tokens = torch.arange(2, 22).view(1, 20)
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        expected = load_decoder(open_checkpoint(model))(tokens)
+        with torch.inference_mode():
+            assert (theirs(tokens).logits - expected).abs().max() < 1e-3 * expected.std()
 
 
 def test_an_engine_that_says_something_else_is_caught(tmp_path) -> None:
