@@ -28,6 +28,7 @@ from gossamer.checkpoint.save import save_folder
 from gossamer.compress.pipeline import compress
 from gossamer.compress.recipe import parse_recipe
 from gossamer.export.run import Proving
+from gossamer.kernels.cpu import isas
 
 pytestmark = [
     pytest.mark.slow,
@@ -147,6 +148,12 @@ def test_openvino_runs_gguf(artifact, tmp_path, form) -> None:
     check(run_export(artifact(**form), "openvino", tmp_path / "m.gguf", proving=proving))
 
 
+def test_vllm_runs_the_model_in_bfloat16(tmp_path) -> None:
+    options = {"layout": "bf16", "rounding": True}
+    check(run_export("smollm2", "vllm", tmp_path / "out", proving=Proving(python=python("vllm")), **options))
+
+
+@pytest.mark.skipif("avx512" not in isas(), reason="vLLM's CPU build multiplies by 4 bits with AVX-512 only")
 def test_vllm_runs_compressed_tensors(artifact, tmp_path) -> None:
     proving = Proving(python=python("vllm"))
     check(run_export(artifact(**INT4), "vllm", tmp_path / "out", proving=proving))

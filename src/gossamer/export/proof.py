@@ -23,7 +23,7 @@ from .engines import Answers
 
 MISPLACED = 0.5
 """Root mean square error over root mean square of a rounded tensor: rounding to two bits stays below, noise is at 1."""
-GAP = 0.5
+GAP = 0.25
 """Standard deviations of the logits that an engine's token may lie below our favourite."""
 PROMPTS = (
     "The capital of France is",

@@ -23,6 +23,12 @@ from . import llama_cpp
 
 PACKAGES = {"transformers": "transformers", "vllm": "vllm", "gptqmodel": "gptqmodel", "openvino": "openvino_genai"}
 """Engine -> the package that its Python must have."""
+ENVIRONMENT = {
+    "vllm": {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"},
+}
+"""What an engine is told besides; one process, so that its errors are seen here."""
+OPENMP = "lib/libiomp5.so"
+"""In the environment of vLLM's CPU build, which wants it loaded first."""
 MINUTES = 30.0
 
 
@@ -70,6 +76,10 @@ def find(name: str, python: Path | None = None, llama_cpp_folder: Path | None = 
 def _run(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
     script = Path(__file__).with_name(f"{engine.name}_worker.py")
     environment = {**os.environ, "PYTHONPATH": "", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    environment |= ENVIRONMENT.get(engine.name, {})
+    openmp = Path(engine.program).parent.parent / OPENMP
+    if engine.name == "vllm" and openmp.exists():
+        environment["LD_PRELOAD"] = str(openmp)
     try:
         done = subprocess.run(
             [engine.program, "-P", str(script)],
