@@ -66,9 +66,9 @@ def held(x: torch.Tensor) -> torch.Tensor:
 def attend_to_codes(self, q, k, v, rotation, cache):
     """Block.attend with keys and values as an int4 cache holds them."""
     c, by_head = self.layer, (*q.shape[:2], -1, self.layer.head_dim)
-    k, v = held(rotation.apply(k.view(by_head))), held(v.view(by_head))
+    k, v = held(rotation.apply(k.view(by_head), self.rope)), held(v.view(by_head))
     keys, values = (t.repeat_interleave(c.group, dim=2).transpose(1, 2) for t in (k, v))
-    queries = rotation.apply(q.view(by_head)).transpose(1, 2)
+    queries = rotation.apply(q.view(by_head), self.rope).transpose(1, 2)
     mixed = torch.nn.functional.scaled_dot_product_attention(queries, keys, values, is_causal=True)
     return mixed.transpose(1, 2).reshape(q.shape)
 
