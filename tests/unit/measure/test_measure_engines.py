@@ -23,7 +23,7 @@ from gossamer.cli import main
 from gossamer.errors import EngineMissing, MeasureError, UnknownName, UnsupportedModel, UsageError
 from gossamer.measure import run
 from gossamer.measure.corpus import load_corpus
-from gossamer.measure.engines import loop, peers
+from gossamer.measure.engines import loop, peers, url
 from gossamer.measure.engines.url import bench_server, moments
 from gossamer.measure.load.stats import Answer
 from gossamer.measure.load.wire import Exchange
@@ -73,11 +73,11 @@ def bench(model: Path | str, *engines: str, judged: run.EvalRequest | None = Non
 
 
 def test_engines_are_named_once_each_and_all_are_those_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    url = "http://127.0.0.1:1/v1"
-    assert peers.parse_engines(f"vllm, gossamer,vllm,{url}") == ["vllm", "gossamer", url]
+    server = "http://127.0.0.1:1/v1"
+    assert peers.parse_engines(f"vllm, gossamer,vllm,{server}") == ["vllm", "gossamer", server]
     monkeypatch.setenv("GOSSAMER_ENGINE_LLAMA_CPP", sys.executable)
     assert peers.parse_engines("all") == ["gossamer", "llama.cpp"]
-    assert peers.parse_engines(f"vllm,all,{url}") == ["gossamer", "llama.cpp", "vllm", url]
+    assert peers.parse_engines(f"vllm,all,{server}") == ["gossamer", "llama.cpp", "vllm", server]
     assert [peer.name for peer in peers.absent(["gossamer", "llama.cpp"])] == ["transformers", "openvino", "vllm"]
     with pytest.raises(UnknownName, match=r"llamacpp") as error:
         peers.parse_engines("llamacpp")
@@ -374,6 +374,25 @@ def test_a_row_of_a_server_has_no_memory_and_its_own_name(tiny: Path, server: Fa
     assert (record["status"], record["engine"]["name"], record["engine"]["backend"]) == ("ok", server.url, "fakes")
     assert record["results"]["rm_peak_bytes"] is None
     assert not as_record(record, "here").failed
+
+
+@pytest.mark.parametrize("cut", [1, 7, 100, 5000])
+@pytest.mark.parametrize("server_name", ["gossamer", "llama-server"])
+def test_what_real_servers_said_is_read_whole_however_it_is_cut(server_name: str, cut: int) -> None:
+    recorded = (Path(__file__).parent / "recorded" / f"{server_name}.http").read_bytes()
+    pieces = [(10.0 + i, recorded[start : start + cut]) for i, start in enumerate(range(0, len(recorded), cut))]
+    answer = url._checked(Exchange(pieces=pieces, sent=9.0), [504, 260, 1398, 314], 4)
+    assert (answer.prompt_tokens, answer.output_tokens, len(answer.arrivals)) == (4, 4, 4)
+    assert list(answer.arrivals) == sorted(answer.arrivals)
+    assert answer.e2e >= answer.arrivals[-1]
+    with pytest.raises(MeasureError, match="read 4 tokens, where 3 were sent"):
+        url._checked(Exchange(pieces=pieces, sent=9.0), [1, 2, 3], 4)
+    with pytest.raises(MeasureError, match="wrote 4 tokens, not 5"):
+        url._checked(Exchange(pieces=pieces, sent=9.0), [1, 2, 3, 4], 5)
+    half = [piece for piece in pieces if piece[0] <= 10 + len(pieces) // 2]
+    if len(half) < len(pieces):
+        with pytest.raises(MeasureError, match=r"cut off|closed|HTTP|events"):
+            url._checked(Exchange(pieces=half, sent=9.0), [504, 260, 1398, 314], 4)
 
 
 def test_the_first_token_of_a_batch_is_the_last_of_the_first() -> None:
