@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import RecipeError, UnknownName, did_you_mean
 from .factorize.rank import Factorizer
 from .method import GridMethod, LayerMethod, Method, Needs, Reducer, Transform, Tuner, WeightMethod
+from .prune.masks import OWLOptions
 from .registry import METHODS, method_class
 
 MAX_BYTES = 1 << 16
@@ -260,6 +261,11 @@ def _check_order(methods: list[Method]) -> None:
             raise RecipeError(
                 f"stage {named[i]} allocates ranks by the model that the recipe begins with, but others change it",
                 hint="compress in two steps, the second with `allocate`",
+            )
+        if isinstance(method.options, OWLOptions) and method.options.allocate == "owl":
+            raise RecipeError(
+                f"stage {named[i]} counts outliers of the model that the recipe begins with, but others change it",
+                hint="compress in two steps, the second with `allocate: owl`",
             )
 
 

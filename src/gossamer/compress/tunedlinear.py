@@ -29,8 +29,11 @@ class TunedLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self.form = form
+        self.form = None if form is None else form.grid
         """None: a float weight."""
+        self._stored_as = form
+        self._pruned: Tensor | None = None
+        """Where the weight stays zero, whatever is trained."""
         self.extra: nn.Module | None = None
         """What is added to the layer's output, such as a low-rank adapter: x [.., in] -> [.., out]."""
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -47,6 +50,7 @@ class TunedLinear(nn.Module):
             self._dense, self.stored_floats = None, weight
             return
         self._dense, self._codes = None, weight
+        self._pruned = None if form is None else form.zeros(weight.dequantize())
         if weight.levels is not None and weight.levels.ndim == 2:  # a row's own levels are what is stored, not a scale
             self.levels = nn.Parameter(weight.levels.float(), requires_grad=False)
         else:
@@ -76,6 +80,8 @@ class TunedLinear(nn.Module):
             weight = (self._levels().gather(1, index).view(*self._codes.scale.shape, -1) * self._scales()).flatten(1)
         else:
             weight = (self._steps(self._codes.codes) * self._scales()).flatten(1)
+        if self._pruned is not None:
+            weight = weight.masked_fill(self._pruned, 0.0)
         return self._with_outliers(weight)
 
     def look_up(self, tokens: Tensor) -> Tensor:
@@ -113,8 +119,8 @@ class TunedLinear(nn.Module):
         """Tensors to be stored now, by their local names. Raises NumericalError if the weight is not finite."""
         if self.stored_floats is not None:
             return self.stored_floats.stored()
-        assert self.form is not None
-        return self.form.pack(self.codes())
+        assert self._stored_as is not None
+        return self._stored_as.pack(self.codes())
 
     @torch.no_grad()
     def codes(self) -> Codes:
@@ -123,7 +129,8 @@ class TunedLinear(nn.Module):
             raise NumericalError(
                 f"{self.name}: the weight is not finite after training", hint="take a lower learning rate"
             )
-        return self._with_codes(self._codes.codes if self.latent is None else self._codes_behind(self.latent))
+        codes = self._with_codes(self._codes.codes if self.latent is None else self._codes_behind(self.latent))
+        return codes.with_zeros(self._pruned)
 
     def _with_codes(self, codes: Tensor) -> Codes:
         zero = self._zeros()

@@ -21,13 +21,7 @@ from gossamer.engine.cpu import CpuBackend
 from gossamer.formats import Integer, Sparse
 from tiny_llama import make_folder
 
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_attention_heads": 4,
-    "head_dim": 16,
-    "torch_dtype": "bfloat16",
-}
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
 PRUNE: dict[str, Any] = {"method": "magnitude", "layers": {"k": 0}}
 """k is whole: q, k and v are not alike."""
 INT8 = {"method": "rtn", "bits": 8, "group_size": "channel"}

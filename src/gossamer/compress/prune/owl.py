@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...checkpoint import Checkpoint
-from ...errors import CompressionError, RecipeError
+from ...errors import CompressionError
 from ..calibration import Calibration
 from ..grids import keys_of, linear_shapes
 from ..recipe import Recipe, parse_recipe
@@ -38,18 +38,11 @@ def settle_sparsity(
 ) -> tuple[Recipe, Calibration | Later | None]:
     """The recipe with a share for every layer, and its calibration; both as they came if no share is left open.
 
-    Raises RecipeError if stages before would change what is measured.
+    Raises RecipeError, NumericalError; CompressionError if a calibration is needed and none is given.
     """
-    parts = recipe.parts()
-    stages = [part.main.options for part in parts if isinstance(part.main.options, OWLOptions)]
-    options = next((o for o in stages if o.allocate == "owl"), None)
-    if options is None:
+    options = recipe.parts()[0].main.options
+    if not isinstance(options, OWLOptions) or options.allocate != "owl":
         return recipe, calibration
-    if options is not parts[0].main.options:
-        raise RecipeError(
-            "owl measures the model that the recipe begins with, but here other stages change it first",
-            hint="compress in two steps, the second with allocate: owl",
-        )
     open_modules = [module for module, key in keys_of(checkpoint.config, options.layers).items() if key is None]
     if not open_modules:
         return recipe, calibration
