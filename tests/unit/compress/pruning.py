@@ -95,9 +95,9 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.std())
 
 
-def inputs(model: Path) -> dict[tuple[int, str], Tensor]:
+def inputs(checkpoint: Checkpoint) -> dict[tuple[int, str], Tensor]:
     """What o and down of each layer read for the calibration, float64 [tokens, in]."""
-    decoder = load_decoder(open_checkpoint(model), torch.float64)
+    decoder = load_decoder(checkpoint, torch.float64)
     seen: dict[tuple[int, str], Tensor] = {}
     for i, block in enumerate(decoder.blocks):
         for role in ("o", "down"):

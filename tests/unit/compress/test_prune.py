@@ -256,7 +256,7 @@ def weight(model: Path, role: str, i: int) -> Tensor:
 def test_flaps_scores_are_standardized_variance_times_squared_norm(tmp_path: Path) -> None:
     """Channel by channel, so that the kept ones are just the best of the formula."""
     model, seen = make_model(tmp_path / "model"), {}
-    for (i, role), x in inputs(model).items():
+    for (i, role), x in inputs(open_checkpoint(model)).items():
         score = x.var(0) * weight(model, role, i).square().sum(0)
         seen[i, role] = (score - score.mean()) / score.std()
     made = decide(model, FLAP, ratio=0.2, heads="keep", multiple=1)
@@ -277,7 +277,7 @@ def test_flaps_biases_are_the_mean_of_what_went(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model", attention_bias=True)
     made, biases = decide(model, FLAP, ratio=0.4), load_file(model / "model.safetensors")
     checked = 0
-    for (i, role), x in inputs(model).items():
+    for (i, role), x in inputs(open_checkpoint(model)).items():
         stays = torch.zeros(x.shape[1], dtype=torch.bool)
         if role == "o":
             stays.view(6, WIDTH)[made[f"{i}.heads"].long()] = True
@@ -300,24 +300,13 @@ def test_wandas_scores_are_sums_of_magnitude_times_norm_on_the_pruned_stream(tmp
     made = decide(model, WandaSP, ratio=0.25, multiple=1, heads="query")
     for i in range(3):
         done = {key: value for key, value in made.items() if int(key.split(".")[0]) < i}
-        seen = inputs_of(CutCheckpoint(open_checkpoint(model), done))
+        seen = inputs(CutCheckpoint(open_checkpoint(model), done))
         scores = {r: weight(model, r, i).abs().sum(0) * seen[i, r].norm(dim=0) for r in ("o", "down")}
         channels, heads = made[f"{i}.channels"].long(), made[f"{i}.heads"].long()
         assert torch.equal(channels, scores["down"].argsort(descending=True)[: len(channels)].sort().values)
         by_group = scores["o"].view(3, 2, WIDTH).sum(2)
         assert torch.equal(heads, by_group.argmax(1) + torch.arange(3) * 2)
         assert len(heads) == 3
-
-
-def inputs_of(checkpoint: Checkpoint) -> dict[tuple[int, str], Tensor]:
-    import pruning
-
-    pruning_open = pruning.open_checkpoint
-    try:
-        pruning.open_checkpoint = lambda _: checkpoint  # type: ignore[assignment]
-        return inputs(Path())
-    finally:
-        pruning.open_checkpoint = pruning_open
 
 
 # The result as a model

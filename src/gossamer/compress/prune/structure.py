@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal, TypeAlias
 
 import torch
@@ -106,18 +107,20 @@ def keep_evenly(heads: Sequence[Piece], channels: Sequence[Piece], target: int, 
     Where not all heads stay, the number of those that do divides `divides`.
     """
     _check_reach(sum(piece.cost for piece in (*heads[1:], *channels[1:])), target)
-    wanted = len(heads) * (1 - target / sum(piece.cost for piece in (*heads, *channels)))
-    left = [n for n in range(1, len(heads)) if divides % sum(len(piece.members) for piece in heads[:n]) == 0]
-    step = max(piece.cost for piece in channels)
+    of_heads, of_channels = _costs_behind(heads), _costs_behind(channels)
+    wanted = len(heads) * (1 - target / (of_heads[0] + of_channels[0]))
+    counts = [n for n in range(1, len(heads)) if divides % sum(len(piece.members) for piece in heads[:n]) == 0]
+    step, best = max(piece.cost for piece in channels), []
+    for h in (*counts, len(heads)):
+        miss, c = min((abs(of_heads[h] + of_channels[c] - target), c) for c in range(1, len(of_channels)))
+        best.append((max(miss - step / 2, 0), abs(h - wanted), h, c))
+    _, _, h, c = min(best)
+    return [*heads[:h], *channels[:c]]
 
-    def gone(h: int, c: int) -> int:
-        return sum(piece.cost for piece in (*heads[h:], *channels[c:]))
 
-    def nearest(h: int) -> int:
-        return min(range(1, len(channels) + 1), key=lambda c: abs(gone(h, c) - target))
-
-    h = min((*left, len(heads)), key=lambda h: (max(abs(gone(h, nearest(h)) - target) - step / 2, 0), abs(h - wanted)))
-    return [*heads[:h], *channels[: nearest(h)]]
+def _costs_behind(pieces: Sequence[Piece]) -> list[int]:
+    """What goes if the first n stay, for n from 0 to all."""
+    return list(accumulate((piece.cost for piece in reversed(pieces)), initial=0))[::-1]
 
 
 def even_widths(layer: LayerConfig, hidden: int, options: StructureOptions, ratio: float) -> LayerConfig:
