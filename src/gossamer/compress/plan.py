@@ -213,6 +213,8 @@ def _stored_bytes(config: ModelConfig, formats: dict[str, Format], dense: torch.
 def _peak(config: ModelConfig, method: WeightMethod, text: CalibrationSpec, packs_ends: bool) -> int:
     """Bytes; the same sum that a reader can do by hand, with the largest layer standing for all."""
     embedding = 3 * config.vocab_size * config.hidden_size if packs_ends else 0
+    if packs_ends and isinstance(method, LayerMethod):  # which is given it whole
+        embedding = method.peak_bytes((config.vocab_size, config.hidden_size))
     rounding = 10 * 4 * ROUND_AT_ONCE
     if method.needs is Needs.NOTHING:
         block = max(_block_parameters(config, i) for i in range(config.num_layers))

@@ -6,6 +6,7 @@ A stored factor pair in float32 is off by float32 rounding alone: 1e-5 of the we
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,12 @@ def test_a_plan_says_how_large_the_output_is(model: Path, tmp_path: Path) -> Non
         run(model, wanted, tmp_path / str(n))
         made = open_checkpoint(tmp_path / str(n))
         assert make_plan(open_checkpoint(model).config, wanted, torch.float32).output_bytes == made.weight_bytes()
+
+
+def test_a_plan_counts_the_embedding_that_is_taken_apart_whole(model: Path) -> None:
+    config = replace(open_checkpoint(model).config, vocab_size=1_000_000)
+    one, less = (make_plan(config, recipe({"method": m}), torch.bfloat16).peak_bytes for m in ("tensor-train", "svd"))
+    assert one - less > 12 * 1_000_000 * config.hidden_size
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,9 @@ class TensorTrainEmbedding(LayerMethod):
         assert isinstance(form, TensorTrain)
         return form.decompose(weight)
 
+    def peak_bytes(self, shape: tuple[int, ...]) -> int:
+        return 4 * 4 * math.prod(shape)  # in float32: the weight, its cores, what they stand for, the difference
+
 
 def _square(columns: int) -> tuple[int, int]:
     """Two factors of a row's length, as near to each other as can be."""
