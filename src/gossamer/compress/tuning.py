@@ -8,7 +8,7 @@ Knows codes, blocks and logits; knows no recipe and no loss.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -80,13 +80,18 @@ class TunedModel(nn.Module):
         """Logits [sequences, time, vocabulary] of tokens [sequences, time]."""
         return self.logits(self.hidden(tokens))
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Hidden states [sequences, time, hidden] before the final norm."""
+    def hidden(self, tokens: Tensor, states: dict[int, Tensor] | None = None) -> Tensor:
+        """Hidden states [sequences, time, hidden] before the final norm.
+
+        `states` is given those behind each block whose number is a key of it.
+        """
         rotation = self._source.rotation(tokens.shape[1])
         x = cast(Tensor, self.entrance(self.embed.look_up(tokens), rotation.positions))
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             again = self.recompute and torch.is_grad_enabled()
             x = recompute(block, x, rotation, use_reentrant=False) if again else block(x, rotation)
+            if states is not None and i in states:
+                states[i] = x
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -99,6 +104,17 @@ class TunedModel(nn.Module):
         The hidden states of calibration sequences are computed once, a block at a time; those of others every time.
         """
         return self._teacher.logits(tokens, positions)
+
+    def watch_teacher(self, layers: Sequence[int]) -> int:
+        """Have the original's states behind these blocks kept, too, before its logits are first asked for.
+
+        Returns their width. Raises CompressionError for a block that it does not have.
+        """
+        return self._teacher.watch(layers)
+
+    def teacher_states(self, tokens: Tensor) -> list[Tensor]:
+        """The original's states [sequences, time, hidden] behind each block that is watched."""
+        return list(self._teacher.states(tokens)[:-1])
 
     def sampled(self, sequences: int, length: int, seed: int) -> Tensor:
         """Tokens [sequences, length] that the model as it stands writes at temperature 1 from its start token."""
@@ -288,42 +304,63 @@ class TunedModel(nn.Module):
 
 
 class _Teacher:
-    """The original's logits; its hidden states for the calibration are kept, for other tokens they are not."""
+    """The original's logits; its states for the calibration are kept, for other tokens they are not."""
 
     def __init__(self, source: Source, tokens: Tensor) -> None:
         self._source, self._tokens = source, tokens
+        self._layers: list[int] = []
         self._known: dict[bytes, Tensor] = {}
         self._remembered: dict[bytes, Tensor] = {}
         self._ends: tuple[nn.Module, Tensor] | None = None
 
+    def watch(self, layers: Sequence[int]) -> int:
+        assert not self._known
+        missing = [layer for layer in layers if layer >= self._source.config.num_layers]
+        if missing:
+            raise CompressionError(
+                f"the original has no block {missing[0]}: its last one is {self._source.config.num_layers - 1}"
+            )
+        self._layers = list(layers)
+        return self._source.config.hidden_size
+
     @torch.no_grad()
     def logits(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
-        if not self._known:
-            self._known = dict(zip(map(_key, self._tokens), self._hidden(self._tokens), strict=True))
-        known = self._known | self._remembered
-        new = [row for row in tokens if _key(row) not in known]
-        known |= dict(zip(map(_key, new), self._hidden(torch.stack(new)), strict=True)) if new else {}
-        hidden = torch.stack([known[_key(row)] for row in tokens])
+        hidden = self.states(tokens)[-1]
         norm, head = self._norm_and_head()
         logits = F.linear(norm(hidden if positions is None else hidden[:, positions]), head)
         return softcap(logits, self._source.config.final_softcap)
 
     @torch.no_grad()
+    def states(self, tokens: Tensor) -> Tensor:
+        """[watched blocks + 1, sequences, time, hidden], the last before the final norm."""
+        if not self._known:
+            self._known = self._computed(self._tokens)
+        known = self._known | self._remembered
+        new = [row for row in tokens if _key(row) not in known]
+        known |= self._computed(torch.stack(new)) if new else {}
+        return torch.stack([known[_key(row)] for row in tokens], dim=1)
+
+    @torch.no_grad()
     def remember(self, tokens: Tensor) -> None:
-        self._remembered = dict(zip(map(_key, tokens), self._hidden(tokens), strict=True))
+        self._remembered = self._computed(tokens)
+
+    def _computed(self, tokens: Tensor) -> dict[bytes, Tensor]:
+        """Each sequence's states; the original's blocks are read one after another."""
+        x = self._source.embed(tokens)
+        rotation: Rotation = self._source.rotation(tokens.shape[1])
+        found = torch.empty(len(self._layers) + 1, *x.shape)
+        for i in range(self._source.config.num_layers):
+            advance(self._source.block(i), x, rotation)
+            for at, layer in enumerate(self._layers):
+                if layer == i:
+                    found[at] = x
+        found[-1] = x
+        return dict(zip(map(_key, tokens), found.unbind(1), strict=True))
 
     def _norm_and_head(self) -> tuple[nn.Module, Tensor]:
         if self._ends is None:
             self._ends = self._source.norm("final_norm"), self._source.head()
         return self._ends
-
-    def _hidden(self, tokens: Tensor) -> Tensor:
-        """[sequences, time, hidden] before the final norm; the original's blocks are read one after another."""
-        x = self._source.embed(tokens)
-        rotation: Rotation = self._source.rotation(tokens.shape[1])
-        for i in range(self._source.config.num_layers):
-            advance(self._source.block(i), x, rotation)
-        return x
 
 
 def _key(row: Tensor) -> bytes:

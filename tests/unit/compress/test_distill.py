@@ -234,7 +234,18 @@ def test_a_float_weight_is_what_is_stored_until_it_is_trained_and_named_when_it_
 
 
 @pytest.mark.parametrize(
-    "bad", [{"loss": "l2"}, {"temperature": 0.0}, {"beta": 0.2}, {"tokens": -1}, {"patience": 0}, {"top_k": 5}]
+    "bad",
+    [
+        {"loss": "l2"},
+        {"temperature": 0.0},
+        {"beta": 0.2},
+        {"tokens": -1},
+        {"patience": 0},
+        {"top_k": 5},
+        {"features": 1.0},
+        {"features": 1.0, "layers": [[1]]},
+        {"features": 1.0, "layers": [[1, 1], [1, 2]]},
+    ],
 )
 def test_bad_options_are_refused(bad: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
@@ -318,3 +329,67 @@ def test_text_of_the_model_in_training_needs_an_engine(model: Path, tmp_path: Pa
     with pytest.raises(UsageError, match="distill learns from what the model in training writes"):
         run(model, tmp_path / "out", NARROW, ON_POLICY)
     assert not list(tmp_path.iterdir())
+
+
+FEATURES = DISTILL | {"features": 10.0, "layers": [[0, 0], [1, 1]], "tokens": 24 * 8 * 20, "batch_size": 8}
+
+
+def test_states_behind_chosen_blocks_are_learned_too(model: Path, tmp_path: Path) -> None:
+    wanted, errors = stream(model, tokens(8, 9)), []
+    for name, tuner in (("plain", DISTILL), ("featured", FEATURES)):
+        found = stream(run(model, tmp_path / name, NARROW, tuner), tokens(8, 9))
+        errors.append(sum(relative(y, t) for y, t in zip(found, wanted, strict=True)))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def stream(folder: Path, rows: Tensor) -> list[Tensor]:
+    """Outputs of each block in turn, in float64."""
+    decoder = load_decoder(open_checkpoint(folder))
+    x, rotation, found = decoder.embed(rows), decoder.rotation(torch.arange(rows.shape[1]).expand(rows.shape)), []
+    for block in decoder.blocks:
+        x = block(x, rotation)
+        found.append(x.double())
+    return found
+
+
+def relative(y: Tensor, t: Tensor) -> float:
+    return float(((y - t).square().sum(-1) / t.square().sum(-1)).mean().detach())
+
+
+def test_the_feature_term_is_the_formula_through_a_learned_projection(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the original were wider: its states are random ones of 40 columns."""
+    wide = torch.randn(3, 48, 24, 40, generator=torch.Generator().manual_seed(3))
+    seen: list[tuple[float, float]] = []
+
+    def states(self: TunedModel, rows: Tensor) -> list[Tensor]:
+        return list(wide[:2, : len(rows)])
+
+    error = Response._feature_error
+
+    def check(self: Response, model: TunedModel, found: dict[int, Tensor], rows: Tensor) -> Tensor:
+        value = error(self, model, found, rows)
+        wanted = [
+            relative(
+                found[i].double() @ model.get_submodule(f"to_{i}").projection.double().T, wide[i, : len(rows)].double()
+            )
+            for i in (0, 1)
+        ]
+        seen.append((float(value.detach()), float(sum(wanted)) / 2))
+        return value
+
+    watching = TunedModel.watch_teacher
+    monkeypatch.setattr(TunedModel, "watch_teacher", lambda self, layers: watching(self, layers) + 8)
+    monkeypatch.setattr(TunedModel, "teacher_states", states)
+    monkeypatch.setattr(Response, "_feature_error", check)
+    run(model, tmp_path / "out", NARROW, FEATURES | {"layers": [[0, 0], [1, 1]], "tokens": 24 * 3, "batch_size": 1})
+    assert len(seen) == 3
+    for value, wanted in seen:
+        assert abs(value - wanted) < 1e-4 * wanted
+
+
+@pytest.mark.parametrize(("pair", "reason"), [([5, 0], "the model has no block 5"), ([0, 7], "has no block 7")])
+def test_a_layer_that_is_not_there_is_named(model: Path, tmp_path: Path, pair: list[int], reason: str) -> None:
+    with pytest.raises(CompressionError, match=reason):
+        run(model, tmp_path / "out", NARROW, FEATURES | {"layers": [pair]})

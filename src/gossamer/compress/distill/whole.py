@@ -2,7 +2,8 @@
 
 The loss is a divergence at a temperature: forward KL (Hinton et al., arXiv 1503.02531), reverse KL (arXiv 2306.08543)
 or Jensen-Shannon's (arXiv 2306.13649), on calibration text and, if asked, on what the model in training writes itself
-(generalized knowledge distillation, the same paper). Of the original, last hidden states are kept, not logits.
+(generalized knowledge distillation, the same paper). States behind chosen blocks may be compared as well. Of the
+original, hidden states are kept, not logits.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...errors import RecipeError
+from ...errors import CompressionError, RecipeError
 from ...formats import Format
 from ...model import ModelConfig
 from ..method import block_weights
-from ..tune import ModelTuner, Objective, TuneOptions, distill, groups_of, logits_of
+from ..tune import ModelTuner, Objective, TuneOptions, distill, groups_of
 from ..tuning import TunedModel
-from .losses import forward_kl, jensen_shannon, reverse_kl
+from .losses import forward_kl, jensen_shannon, relative_error, reverse_kl
 
 
 class RecoverOptions(TuneOptions):
@@ -63,6 +64,25 @@ class DistillOptions(RecoverOptions):
     )
     refresh: int = Field(default=32, ge=1, le=100_000, description="on_policy: steps between two times of writing")
 
+    features: float = Field(
+        default=0.0, ge=0, description="weight of the relative error of hidden states behind the blocks of `layers`"
+    )
+    layers: list[list[int]] = Field(
+        default_factory=list,
+        description="pairs: a block's number, and that of the original's that it is compared with",
+    )
+
+    @model_validator(mode="after")
+    def _pairs(self) -> DistillOptions:
+        for pair in self.layers:
+            if len(pair) != 2 or min(pair) < 0:
+                raise ValueError(f"layers has {pair}: each is a pair of block numbers, [3, 4] say")
+        if bool(self.layers) != bool(self.features):
+            raise ValueError("features and layers: one without the other means nothing")
+        if len({mine for mine, _ in self.layers}) < len(self.layers):
+            raise ValueError("layers names a block twice: each is compared once")
+        return self
+
     @model_validator(mode="after")
     def _used(self) -> DistillOptions:
         if self.beta != 0.5 and self.loss != "jensen-shannon":
@@ -89,8 +109,10 @@ class Distill(ModelTuner):
     def tune(self, model: TunedModel) -> None:
         """Train everything. Raises NumericalError if a weight is not finite in the end."""
         o = self.options
+        watch(model, o)
         model.trainable(scales=False, floats=True, norms=o.norms, biases=o.norms)
-        groups = groups_of(model, floats=o.learning_rate, weight=o.norm_rate, bias=o.norm_rate)
+        rates = {"floats": o.learning_rate, "weight": o.norm_rate, "bias": o.norm_rate, "projection": PROJECTION_RATE}
+        groups = groups_of(model, **rates)
 
         distill(model, groups, within_budget(o, len(model.tokens), model.tokens.shape[1]), Response(o))
 
@@ -107,8 +129,9 @@ class Distill(ModelTuner):
     def peak_bytes(self, config: ModelConfig, sequences: int, length: int) -> int:
         """That of every tuner of weights, of the best so far, and of the model that an engine reads to write text."""
         ends = (1 if config.tie_embeddings else 2) * config.vocab_size * config.hidden_size
+        states = 4 * sequences * length * config.hidden_size * len(self.options.layers)
         written = 6 * (block_weights(config) + ends) if self.samples else 0
-        return super().peak_bytes(config, sequences, length) + 8 * block_weights(config) + written
+        return super().peak_bytes(config, sequences, length) + 8 * block_weights(config) + states + written
 
 
 class Response(Objective):
@@ -125,7 +148,21 @@ class Response(Objective):
     def loss(self, model: TunedModel, step: int, tokens: Tensor, positions: Tensor) -> Tensor:
         if self._options.on_policy:
             tokens = self._mixed(model, step, tokens)
-        return self._options.divergence(*logits_of(model, tokens, positions)).mean()
+        o = self._options
+        states: dict[int, Tensor] = {mine: torch.empty(0) for mine, _ in o.layers}
+        hidden = model.hidden(tokens, states)[:, positions]
+        loss = o.divergence(model.teacher_logits(tokens, positions), model.logits(hidden)).mean()
+        if o.layers:
+            loss = loss + o.features * self._feature_error(model, states, tokens)
+        return loss
+
+    def _feature_error(self, model: TunedModel, states: Mapping[int, Tensor], tokens: Tensor) -> Tensor:
+        """Mean relative error over all pairs of layers and all tokens."""
+        pairs = zip(self._options.layers, model.teacher_states(tokens), strict=True)
+        errors = [
+            relative_error(model.get_submodule(f"to_{mine}")(states[mine]), wanted) for (mine, _), wanted in pairs
+        ]
+        return torch.stack(errors).mean()
 
     def extra(self) -> dict[str, Tensor]:
         return {} if self._written is None else {"written": self._written}
@@ -148,6 +185,32 @@ class Response(Objective):
         return torch.where(own, self._written[rows], tokens)
 
 
+def watch(model: TunedModel, options: DistillOptions) -> None:
+    """Have both models' states that the options compare, through a learned projection where widths differ."""
+    for mine, _ in options.layers:
+        if mine >= model.config.num_layers:
+            raise CompressionError(
+                f"layers: the model has no block {mine}, its last one is {model.config.num_layers - 1}"
+            )
+    width = model.watch_teacher([original for _, original in options.layers])
+    for mine, _ in options.layers:
+        same = width == model.config.hidden_size
+        model.add_module(f"to_{mine}", nn.Identity() if same else Projection(model, width))
+
+
+class Projection(nn.Module):
+    """States [.., hidden] in the width of the original's (FitNets: Romero et al., arXiv 1412.6550)."""
+
+    def __init__(self, model: TunedModel, width: int) -> None:
+        super().__init__()
+        start = torch.randn(width, model.config.hidden_size, generator=model.generator)
+        self.projection = nn.Parameter(start / math.sqrt(model.config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.projection.T
+
+
+PROJECTION_RATE = 1e-3
 FIRST_SEED = 1 << 32
 """Of what a model in training writes: no calibration that is made in passing has it."""
 
