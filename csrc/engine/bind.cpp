@@ -19,6 +19,7 @@
 #include "../threads.hpp"
 #include "model.hpp"
 #include "sample.hpp"
+#include "shared_sum.hpp"
 #include "squeeze.hpp"
 #include "team.hpp"
 
@@ -375,6 +376,26 @@ void add_layer(Model& model, int64_t heads, int64_t kv_heads, int64_t ffn_width,
   model.add_layer(std::move(w));
 }
 
+// A sum over the ranks in C++, or any callable that takes a float32 array and changes it in its place.
+void share_with(Model& model, nb::object sum, bool leads) {
+  if (nb::isinstance<SharedSum>(sum)) {
+    auto shared = nb::cast<std::shared_ptr<SharedSum>>(sum);
+    return model.share_with([shared](float* data, int64_t count) { (*shared)(data, count); }, leads);
+  }
+  require(PyCallable_Check(sum.ptr()), "sum must be a SharedSum or a callable");
+  model.share_with(
+      [sum](float* data, int64_t count) {
+        nb::gil_scoped_acquire acquire;
+        try {
+          const nb::ndarray<nb::numpy, float, nb::ndim<1>> array(data, {size_t(count)}, nb::handle());
+          sum(nb::cast(array, nb::rv_policy::reference));  // else it would get a copy
+        } catch (nb::python_error& error) {  // which must not outlive the GIL
+          throw std::runtime_error(error.what());
+        }
+      },
+      leads);
+}
+
 Step step_of(const Ints& tokens, const Ints& query_start, const Ints& context_lens,
              const Array<const int32_t, 2>& block_tables, const Ints& logit_rows) {
   const int64_t sequences = context_lens.shape(0);
@@ -382,7 +403,7 @@ Step step_of(const Ints& tokens, const Ints& query_start, const Ints& context_le
   require(int64_t(block_tables.shape(0)) == sequences, "block_tables must have a row for each sequence");
   return {tokens.data(),       int64_t(tokens.shape(0)), query_start.data(),
           context_lens.data(), block_tables.data(),      sequences,
-          int64_t(block_tables.shape(1)), logit_rows.data(), int64_t(logit_rows.shape(0))};
+          int64_t(block_tables.shape(1)), logit_rows.data(), int64_t(logit_rows.shape(0)), nullptr};
 }
 
 void step_logits(Model& model, Ints tokens, Ints query_start, Ints context_lens, Array<const int32_t, 2> block_tables,
@@ -396,10 +417,16 @@ void step_logits(Model& model, Ints tokens, Ints query_start, Ints context_lens,
 }
 
 void step_hidden(Model& model, Ints tokens, Ints query_start, Ints context_lens, Array<const int32_t, 2> block_tables,
-                 Ints logit_rows, bool exact, int threads, Array<float, 2> out) {
-  const Step step = step_of(tokens, query_start, context_lens, block_tables, logit_rows);
+                 Ints logit_rows, bool exact, int threads, Array<float, 2> out,
+                 std::optional<Array<const float, 2>> states) {
+  Step step = step_of(tokens, query_start, context_lens, block_tables, logit_rows);
   require(int64_t(out.shape(0)) == step.row_count && int64_t(out.shape(1)) == model.shape.hidden_size,
           "out does not fit the rows");
+  if (states) {
+    require(int64_t(states->shape(0)) == step.token_count && int64_t(states->shape(1)) == model.shape.hidden_size,
+            "states do not fit the tokens");
+    step.states = states->data();
+  }
   checked(threads);
   nb::gil_scoped_release release;
   model.hidden(step, {exact, threads}, out.data());
@@ -466,6 +493,18 @@ void bind_engine(nb::module_& m) {
           },
           nb::arg("packed").noconvert(), nb::arg("scale").noconvert(), nb::arg("zero").noconvert().none(),
           nb::arg("bits"));
+  nb::class_<SharedSum>(m, "SharedSum")
+      .def(nb::new_([](int file, int rank, int ranks, double timeout) {
+             return std::make_shared<SharedSum>(file, rank, ranks, timeout);
+           }),
+           nb::arg("file"), nb::arg("rank"), nb::arg("ranks"), nb::arg("timeout"))
+      .def_static("bytes", &SharedSum::bytes, nb::arg("ranks"))
+      .def("__call__",
+           [](SharedSum& sum, Array<float, 1> data) {
+             nb::gil_scoped_release release;
+             sum(data.data(), int64_t(data.shape(0)));
+           },
+           nb::arg("data").noconvert());
   nb::class_<PackedMatrix>(m, "Matrix")
       .def_prop_ro("rows", [](const PackedMatrix& w) { return w.matrix.rows; })
       .def_prop_ro("columns", [](const PackedMatrix& w) { return w.matrix.columns; })
@@ -510,8 +549,8 @@ void bind_engine(nb::module_& m) {
   nb::class_<Model>(m, "Model")
       .def(nb::new_(&make_model), nb::arg("hidden_size"), nb::arg("vocab_size"), nb::arg("head_dim"),
            nb::arg("max_positions"), nb::arg("norm_eps"), nb::arg("norm"), nb::arg("activation"),
-           nb::arg("inverse_frequencies"), nb::arg("embedding"), nb::arg("head"), nb::arg("final_norm").noconvert(),
-           nb::arg("final_norm_bias").noconvert().none(), nb::arg("query_scale").none() = nb::none(),
+           nb::arg("inverse_frequencies"), nb::arg("embedding").none(), nb::arg("head").none(),
+           nb::arg("final_norm").noconvert(), nb::arg("final_norm_bias").noconvert().none(), nb::arg("query_scale").none() = nb::none(),
            nb::arg("embed_scale") = 1.0f, nb::arg("parallel") = false, nb::arg("attention_softcap") = 0.0f,
            nb::arg("final_softcap") = 0.0f, nb::arg("positions").noconvert().none() = nb::none(),
            nb::arg("embed_norm").noconvert().none() = nb::none(),
@@ -537,7 +576,9 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("blocks", &Model::blocks)
       .def_prop_ro("block_bytes", &Model::block_bytes)
       .def("logits", step_logits, tokens, query_start, context_lens, tables, rows, exact, threads, out)
-      .def("hidden", step_hidden, tokens, query_start, context_lens, tables, rows, exact, threads, out)
+      .def("hidden", step_hidden, tokens, query_start, context_lens, tables, rows, exact, threads, out,
+           nb::arg("states").noconvert().none() = nb::none())
+      .def("share_with", share_with, nb::arg("sum"), nb::arg("leads"))
       .def("best", step_best, tokens, query_start, context_lens, tables, rows, exact, threads, out)
       .def("head", head_logits, nb::arg("states").noconvert(), exact, threads, out);
   m.def("sample_rows", sample_rows, nb::arg("logits").noconvert(), nb::arg("temperatures").noconvert(),

@@ -6,6 +6,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -128,6 +129,7 @@ struct Model::Run {
   float* out = nullptr;
   const float* states = nullptr;
   int64_t state_count = 0;
+  std::exception_ptr failure;  // of a sum over the ranks; what follows it is meaningless
 
   std::vector<int32_t> sequence_of;   // [tokens]
   std::vector<int32_t> position_of;   // [tokens]
@@ -298,8 +300,9 @@ Model::Model(ModelShape s, Weight embedding, Weight head, NormWeights final_norm
   if (!embed_norm_.weight.empty())
     embed_norm_ = padded_norm(std::move(embed_norm_), shape.hidden_size, "the norm of the embedding");
   for (const Weight& w : {embedding_, head_}) {
-    require(w && (w != embedding_ || w->tile_start.empty()), "a squeezed weight cannot be the embedding");
-    require(w && w->matrix.columns == shape.hidden_size && w->matrix.rows == shape.vocab_size,
+    if (!w) continue;
+    require(w != embedding_ || w->tile_start.empty(), "a squeezed weight cannot be the embedding");
+    require(w->matrix.columns == shape.hidden_size && w->matrix.rows == shape.vocab_size,
             "embedding and head must be [vocab_size, hidden_size]");
     require(!w->first, "embedding and head cannot be two factors");
   }
@@ -390,6 +393,12 @@ void Model::add_layer(LayerWeights w) {
   layers_.push_back(std::move(layer));
 }
 
+void Model::share_with(Sum sum, bool leads) {
+  const std::scoped_lock lock(mutex_);
+  sum_ = std::move(sum);
+  leads_ = leads;
+}
+
 int64_t Model::block_bytes() const {
   int64_t total = 0;
   for (const auto& layer : layers_) total += layer->w.kv_heads * page_bytes(kv_kind_, shape.head_dim);
@@ -422,8 +431,9 @@ void Model::check(const Step& s) const {
   require(s.token_count > 0 && s.token_count <= max_step_tokens, "a step takes 1 to 65536 tokens");
   require(s.sequences > 0 && s.query_start[0] == 0 && s.query_start[s.sequences] == s.token_count,
           "query_start must begin with 0 and end with the number of tokens");
-  for (int64_t t = 0; t < s.token_count; ++t)
-    require(0 <= s.tokens[t] && s.tokens[t] < shape.vocab_size,
+  require(s.states || embedding_, "this part of a model has no embedding: it needs states");
+  for (int64_t t = 0; t < s.token_count && !s.states; ++t)
+    require((sum_ ? -1 : 0) <= s.tokens[t] && s.tokens[t] < shape.vocab_size,
             "token " + std::to_string(s.tokens[t]) + " is not in the vocabulary");
   for (int64_t i = 0; i < s.sequences; ++i) {
     const std::string where = "sequence " + std::to_string(i) + ": ";
@@ -488,7 +498,9 @@ static void plan_units(const Step& s, int64_t group, int64_t kv_heads, int64_t h
 void Model::execute(Run& run) {
   const Ops& ops = engine_ops();
   run.ops = &ops;
+  run.failure = nullptr;
   const bool steps = run.what != Run::head;
+  require(run.what == Run::hidden || head_, "this part of a model has no head");
   const int64_t tokens = steps ? run.tokens() : run.state_count;
   run.stride = padded(shape.hidden_size);
   int64_t widest = run.stride;
@@ -567,6 +579,20 @@ void Model::execute(Run& run) {
     if (steps) blocks_of(run, rank);
     if (run.what != Run::hidden) finish(run, rank);
   });
+  if (run.failure) std::rethrow_exception(run.failure);
+}
+
+// The residual, or what is added to it, as the sum over all ranks; a barrier stands before and behind it.
+void Model::sum(Run& run, Rank& rank, float* rows) {
+  if (!sum_) return;
+  if (rank.id == 0 && !run.failure) {
+    try {
+      sum_(rows, run.tokens() * run.stride);
+    } catch (...) {
+      run.failure = std::current_exception();
+    }
+  }
+  rank.barrier();
 }
 
 // What the first block reads of a token [stride].
@@ -592,7 +618,15 @@ void Model::blocks_of(Run& run, Rank& rank) {
   run.spent(rank, -1);
   rank.share(tokens, 1, true, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
-      embed(ops, s.tokens[t], run.position_of[t], x + t * run.stride);
+      float* row = x + t * run.stride;
+      if (s.states) {
+        std::memcpy(row, s.states + t * shape.hidden_size, sizeof(float) * shape.hidden_size);
+        std::fill(row + shape.hidden_size, row + run.stride, 0.0f);
+      } else if (s.tokens[t] < 0) {
+        std::fill(row, row + run.stride, 0.0f);
+      } else {
+        embed(ops, s.tokens[t], run.position_of[t], row);
+      }
       for (size_t rope = 0; rope < shape.inverse_frequencies.size(); ++rope) {
         const Floats& frequencies = shape.inverse_frequencies[rope];
         const int64_t at = (int64_t(rope) * tokens + t) * half;
@@ -605,8 +639,10 @@ void Model::blocks_of(Run& run, Rank& rank) {
     }
   });
   rank.barrier();
+  if (!s.states) sum(run, rank, x);
   run.spent(rank, 0);
   const int64_t partial_size = partial_floats_of(dim);
+  const auto onto = leads_ ? Epilogue::accumulate : Epilogue::store;
   std::vector<Product> products;
   for (size_t l = 0; l < layers_.size(); ++l) {
     const Layer& layer = *layers_[l];
@@ -705,16 +741,16 @@ void Model::blocks_of(Run& run, Rank& rank) {
                    int phase) {
       const bool plain = norm.weight.empty();
       float* added = run.added.data();
-      products = {{weight.get(), to(plain ? Epilogue::accumulate : Epilogue::store, plain ? x : added, run.stride, &bias,
-                                    run.stride)}};
+      products = {{weight.get(), to(plain ? onto : Epilogue::store, plain ? x : added, run.stride, &bias, run.stride)}};
       run.apply(shape, in, products, rank, ready_phase, phase);
+      sum(run, rank, plain ? x : added);
       if (!plain) {
         rank.share(tokens, 1, true, [&](int64_t begin, int64_t end) {
           for (int64_t t = begin; t < end; ++t) {
-            float *row = added + t * run.stride, *onto = x + t * run.stride;
+            float *row = added + t * run.stride, *base = x + t * run.stride;
             ops.norm(shape.norm, row, norm.weight.data(), norm.bias.empty() ? nullptr : norm.bias.data(),
                      shape.hidden_size, shape.norm_eps, row);
-            for (int64_t d = 0; d < shape.hidden_size; ++d) onto[d] += row[d];
+            for (int64_t d = 0; d < shape.hidden_size; ++d) base[d] += row[d];
           }
         });
         rank.barrier();

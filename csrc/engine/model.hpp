@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -63,7 +64,11 @@ struct Step {
   int64_t sequences, table_width;
   const int32_t* rows;         // [row_count] tokens whose results are wanted
   int64_t row_count;
+  const float* states;         // [token_count, hidden_size] of the layers before these, or null: tokens are embedded
 };
+
+// Replaces floats by their sum over all ranks that hold a part of the model. May throw.
+using Sum = std::function<void(float* data, int64_t count)>;
 
 struct Options {
   bool exact;  // float activations
@@ -75,6 +80,9 @@ class Model {
   Model(ModelShape shape, Weight embedding, Weight head, NormWeights final_norm);
 
   void add_layer(LayerWeights layer);
+  // The weights are one rank's part: token -1 is another rank's, and the residual is the sum of what all ranks add to it,
+  // which begins with that of the one that leads.
+  void share_with(Sum sum, bool leads);
   void allocate(int64_t blocks, KvKind kind);  // throws std::bad_alloc; what was cached is lost
   int64_t blocks() const { return blocks_; }
   int64_t block_bytes() const;
@@ -108,12 +116,15 @@ class Model {
   void check(const Step&) const;
   void embed(const Ops&, int32_t token, int32_t position, float* x) const;
   void blocks_of(Run&, Rank&);
+  void sum(Run&, Rank&, float* rows);
   void finish(Run&, Rank&);
   void execute(Run&);
   void execute_step(const Step&, const Options&, float* out);
   void release_pages();
 
-  Weight embedding_, head_;
+  Weight embedding_, head_;  // null in a part of a model that begins or ends elsewhere
+  Sum sum_;                  // empty: the weights are whole
+  bool leads_ = true;
   NormWeights final_norm_, embed_norm_;
   std::vector<std::unique_ptr<Layer>> layers_;
   std::vector<int64_t> layer_offset_;  // of a layer's pages in the cache

@@ -42,7 +42,8 @@ def load_decoder(
     )
     with torch.device("meta"):
         decoder = Decoder(checkpoint.config)
-    places = list(_places(checkpoint.config))
+    held = set(checkpoint.names())  # a part of a model may lack the embedding or the head
+    places = [place for place in _places(checkpoint.config) if f"{place.name}.weight" in held]
     for done, place in enumerate(places):
         if progress is not None:
             progress("loading", done, len(places))

@@ -43,3 +43,9 @@ KVCache: TypeAlias = Annotated[
     Literal["auto", "bf16", "int8", "int4", "fp32"],
     typer.Option("--kv-cache", help="What keys and values are stored as; auto: the backend's choice (cpu: bf16)."),
 ]
+TensorParallel: TypeAlias = Annotated[
+    int, typer.Option("--tp", min=1, max=64, help="Processes that share every layer (tensor parallelism).")
+]
+PipelineParallel: TypeAlias = Annotated[
+    int, typer.Option("--pp", min=1, max=64, help="Stages of layers, each of --tp processes (pipeline parallelism).")
+]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ._console import emit_json, remark
-from ._options import Json, Model, Quiet
+from ._options import Json, Model, PipelineParallel, Quiet, TensorParallel
 from .compress import CalibrationText, Length, RecipeOption, Sequences, calibration_of, read_recipe, with_overrides
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..compress.plan import Plan as Planned
+    from ..model import ModelConfig
 
 
 def plan(
@@ -20,6 +26,8 @@ def plan(
     calibration_sequences: Sequences = None,
     calibration_length: Length = None,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context to plan the cache for.")] = 2048,
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -27,6 +35,7 @@ def plan(
 
     \b
     gossamer plan smollm2 --recipe int4-gptq
+    gossamer plan smollm2 --recipe int4-gptq --tp 2
     """
     from ..checkpoint import open_checkpoint
     from ..checkpoint.memory import available_memory
@@ -60,6 +69,8 @@ def plan(
         "memory_available_bytes": memory,
         "disk_available_bytes": disk,
     }
+    if (tp, pp) != (1, 1):
+        row |= _ranks(planned, source.config, source.dtype, tp, pp)
     if json:
         emit_json(row)
     else:
@@ -67,6 +78,23 @@ def plan(
     check_fit(planned, memory, disk, recipe_.needs_calibration())
     if running > memory and not quiet:
         remark("the result would not run in the memory that is free now: take fewer bits or a shorter --context")
+
+
+def _ranks(planned: Planned, config: ModelConfig, dtype: torch.dtype, tp: int, pp: int) -> dict[str, object]:
+    """What each rank of the result will hold, and hand to others. Raises EngineError for a model that cannot be cut."""
+    from ..formats import Dense
+    from ..model.families import tensor_names
+    from ..parallel import make_plan
+
+    forms = {name: planned.formats.get(name.removesuffix(".weight"), Dense(dtype)) for name in tensor_names(config)}
+    cut = make_plan(config, forms, tp, pp)
+    return {
+        "tp": tp,
+        "pp": pp,
+        "rank_weight_bytes": cut.weight_bytes(forms),
+        "rank_kv_bytes_per_token": [4 * share.rank_config.kv_elements_per_token() for share in cut.shares],
+        "wire_bytes_per_token": cut.wire_bytes_per_token(),
+    }
 
 
 def _print(row: dict[str, object]) -> None:
@@ -90,4 +118,13 @@ def _print(row: dict[str, object]) -> None:
         table.add_row("", f"{mb('sampling_bytes')} of it for the model, which writes its own calibration text")
     table.add_row("disk to compress", f"{mb('compress_disk_bytes')}  of {mb('disk_available_bytes')} free")
     table.add_row("memory to run", f"{mb('run_bytes')}  (the process, its weights, {row['context']} tokens of context)")
+    weights, kv = row.get("rank_weight_bytes", []), row.get("rank_kv_bytes_per_token", [])
+    assert isinstance(weights, list)
+    assert isinstance(kv, list)
+    for rank, (held, cache) in enumerate(zip(weights, kv, strict=True)):
+        table.add_row(
+            f"rank {rank}", f"{held / 1e6:,.1f} MB of weights, {cache / 1e3:,.1f} kB of KV cache for each token"
+        )
+    if weights:
+        table.add_row("between ranks", f"{int(str(row['wire_bytes_per_token'])) / 1e3:,.1f} kB for each token and rank")
     Console(highlight=False, markup=False).print(table)

@@ -37,6 +37,8 @@ def run(
     weights: o.Weights = "stored",
     backend: o.Backend = "auto",
     activations: o.Activations = "auto",
+    tp: o.TensorParallel = 1,
+    pp: o.PipelineParallel = 1,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -58,7 +60,7 @@ def run(
         from ..engine import LLM  # noqa: F401  # which `load` takes
     checkpoint = open_checkpoint(model)
     tokens = prompt_tokens(checkpoint.tokenizer(), text, raw)
-    llm = load(checkpoint, weights, backend, activations, quiet, len(tokens) + max_tokens)
+    llm = load(checkpoint, weights, backend, activations, quiet, len(tokens) + max_tokens, tp, pp)
     answer = Answer()
     answer.follow(llm.stream(tokens, params), show=not json)
     if json:
@@ -113,6 +115,8 @@ def load(
     activations: Activations,
     quiet: bool,
     tokens: int,
+    tp: int = 1,
+    pp: int = 1,
 ) -> LLM:
     """The model with room for a prompt and its answer of so many tokens, loaded under a progress bar. Raises as LLM.
 
@@ -128,6 +132,8 @@ def load(
             activations=activations,
             reserve_tokens=tokens,
             progress=callback,
+            tp=tp,
+            pp=pp,
         )
 
 

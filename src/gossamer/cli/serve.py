@@ -62,6 +62,8 @@ def serve(
     drain_seconds: Annotated[
         float, typer.Option("--drain-seconds", help="At the end, time for requests to finish.", min=0.0)
     ] = 30.0,
+    tp: o.TensorParallel = 1,
+    pp: o.PipelineParallel = 1,
     quiet: o.Quiet = False,
 ) -> None:
     """Serve models over HTTP: OpenAI's API, and a page to try them on. Ctrl-C or SIGTERM ends it.
@@ -77,7 +79,8 @@ def serve(
             "max_sequences": max_sequences,
             "prefix_reuse": prefix_reuse,
         },
-        "choice": {"backend": backend, "weights": weights, "activations": activations, "kv_cache": kv_cache},
+        "choice": {"backend": backend, "weights": weights, "activations": activations, "kv_cache": kv_cache}
+        | {"tp": tp, "pp": pp},
         "draft": draft,
         "models": len(models),
     }

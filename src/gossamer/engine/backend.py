@@ -143,6 +143,9 @@ class Backend(abc.ABC):
         require_finite(logits)
         return logits.argmax(-1)
 
+    def check_alive(self) -> None:  # noqa: B027 - most backends are one process, which is
+        """Raise EngineError if it can compute nothing any more."""
+
     @property
     @abc.abstractmethod
     def weight_bytes(self) -> int:
@@ -160,15 +163,24 @@ def choose(
     activations: Activations = "auto",
     kv_cache: str = "auto",
     progress: Progress | None = None,
+    tp: int = 1,
+    pp: int = 1,
 ) -> Backend:
     """Load a checkpoint into the backend that is asked for; `auto` takes cpu wherever that can run it.
 
+    `tp`: processes that share every layer; `pp`: stages of layers, each of so many processes.
     Raises UnknownName, EngineError (it cannot be run as asked), CheckpointError, DoesNotFit. What was chosen, and why
     it is not cpu, is logged by `gossamer.engine`.
     """
     name, reason = resolve(checkpoint, backend, weights, activations, kv_cache)
     loaded: Backend
-    if name == "cpu":
+    if (tp, pp) != (1, 1):
+        from .sharded.launch import ShardedBackend
+
+        loaded = ShardedBackend(
+            checkpoint, tp, pp, name, weights=weights, activations=activations, kv_cache=kv_cache, progress=progress
+        )
+    elif name == "cpu":
         from . import cpu
 
         loaded = cpu.CpuBackend(checkpoint, activations=activations, kv_dtype=kv_cache, progress=progress)
@@ -186,7 +198,7 @@ def resolve(
     weights: Weights = "stored",
     activations: Activations = "auto",
     kv_cache: str = "auto",
-) -> tuple[str, str | None]:
+) -> tuple[Literal["cpu", "reference"], str | None]:
     """The backend that `choose` will take, and why not cpu; without a checkpoint, as far as can be said.
 
     Raises UnknownName for a choice that does not exist, EngineError for one that cannot be had.

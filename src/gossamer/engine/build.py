@@ -34,15 +34,18 @@ def build_engine(
     max_drafts: int | None = None,
     adaptive: bool = True,
     progress: Progress | None = None,
+    tp: int = 1,
+    pp: int = 1,
 ) -> Engine:
     """Load a model, and what guesses for it: `draft` is `ngram`, `self`, or another model's name.
 
-    `max_drafts`: most tokens to guess at once; `adaptive`: no guesses while they would be slower. Raises
+    `tp`, `pp`: as `choose` takes them; `max_drafts`: most tokens to guess at once; `adaptive`: no guesses while they
+    would be slower. Raises
     CheckpointError, DoesNotFit, EngineError.
     """
     torch.set_num_threads(threads())
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    target = choose(checkpoint, backend, weights, activations, kv_cache, progress)
+    target = choose(checkpoint, backend, weights, activations, kv_cache, progress, tp, pp)
     engine = Engine(target, checkpoint.tokenizer(), options or EngineOptions())
     if draft is not None:
         drafter = _drafter(draft, checkpoint, engine, activations, kv_cache, progress)

@@ -107,10 +107,18 @@ class CpuBackend(Backend):
         self._step("logits", batch, out)
         return torch.from_numpy(out)
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: Batch, before: Tensor | None = None) -> Tensor:
+        """As the seam says; `before`: [T, hidden_size], what the layers of an earlier stage made of the tokens."""
         out = np.empty((len(batch.logit_rows), self.config.hidden_size), np.float32)
-        self._step("hidden", batch, out)
+        if before is None:
+            self._step("hidden", batch, out)
+        else:
+            self._step("hidden", batch, out, before.contiguous().numpy())
         return torch.from_numpy(out)
+
+    def share_with(self, add_up: Any, leads: bool) -> None:
+        """Compute as one rank of several: `add_up` replaces a float32 array by its sum over them; one of them leads."""
+        self._model.share_with(add_up, leads)
 
     def argmax(self, batch: Batch) -> Tensor:
         from .sampling import raise_not_finite
@@ -144,10 +152,10 @@ class CpuBackend(Backend):
     def _threads(self) -> int:
         return settings.threads() if self.threads is None else self.threads
 
-    def _step(self, method: str, batch: Batch, out: NDArray[Any]) -> Any:
+    def _step(self, method: str, batch: Batch, out: NDArray[Any], *more: NDArray[Any]) -> Any:
         arrays = (batch.tokens, batch.query_start, batch.context_lens, batch.block_tables, batch.logit_rows)
         try:
-            return getattr(self._model, method)(*arrays, self.activations == "exact", self._threads(), out)
+            return getattr(self._model, method)(*arrays, self.activations == "exact", self._threads(), out, *more)
         except (ValueError, TypeError) as error:
             batch.check(self.config, self._model.blocks)  # says it in the same words as every backend
             raise EngineError(f"batch: {error}") from error
@@ -169,8 +177,8 @@ class _Loader:
         """The executor's model, with every weight in it."""
         config, total = self.checkpoint.config, self.checkpoint.config.num_layers + 1
         self._report(0, total)
-        embedding = self.packer.pack_rows(self.family.module("embed"))
-        head = embedding if config.tie_embeddings else self.packer.pack_rows(self.family.module("head"))
+        embedding = self._table("embed")
+        head = embedding if config.tie_embeddings else self._table("head")
         model = kernels.extension().Model(
             hidden_size=config.hidden_size,
             vocab_size=config.vocab_size,
@@ -182,7 +190,7 @@ class _Loader:
             inverse_frequencies=[inverse_frequencies(rope, config.layers[0].head_dim).numpy() for rope in self.ropes],
             embedding=embedding,
             head=head,
-            **self._norm("final_norm", "final_norm"),
+            **self._final_norm(head is not None),
             query_scale=config.query_scale,
             embed_scale=config.embed_scale,
             parallel=config.parallel,
@@ -196,6 +204,17 @@ class _Loader:
             model.add_layer(**self._layer(i, layer))
         self._report(total, total)
         return model
+
+    def _table(self, role: str) -> Any | None:
+        """The packed embedding or head; None in a part of a model that has none."""
+        module = self.family.module(role)
+        return self.packer.pack_rows(module) if f"{module}.weight" in self.checkpoint.names() else None
+
+    def _final_norm(self, held: bool) -> dict[str, Any]:
+        """Arguments of the final norm; ones where the model ends elsewhere."""
+        if held:
+            return self._norm("final_norm", "final_norm")
+        return {"final_norm": np.ones(self.checkpoint.config.hidden_size, np.float32), "final_norm_bias": None}
 
     def _layer(self, i: int, layer: LayerConfig) -> dict[str, Any]:
         """Arguments of the executor's add_layer."""

@@ -46,6 +46,7 @@ class LLM:
     `activations`: "int8" rounds them before they meet packed weights, "exact" keeps float32; "auto" is the backend's
     choice, and so is the dtype of the KV cache, unless `kv_cache` names one. `reference` is exact in both.
     `max_batch`: most prompts that are run together.
+    `tp`, `pp`: processes that share every layer, and stages of layers, each of so many processes.
     `reserve_tokens`: a prompt and its answer of so many tokens must fit beside the weights, or nothing is loaded.
     """
 
@@ -60,6 +61,8 @@ class LLM:
         max_batch: int = MAX_BATCH,
         reserve_tokens: int = 0,
         progress: Progress | None = None,
+        tp: int = 1,
+        pp: int = 1,
     ) -> None:
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise EngineError(f"max_batch is {max_batch!r}, expected 1 or more")
@@ -69,7 +72,7 @@ class LLM:
         per_token = kv_bytes_per_token(self.checkpoint, backend, weights, kv_cache)
         _require_room(self.checkpoint, weights, per_token, reserve_tokens)
         self.tokenizer = self.checkpoint.tokenizer()
-        self.backend = choose(self.checkpoint, backend, weights, activations, kv_cache, progress)
+        self.backend = choose(self.checkpoint, backend, weights, activations, kv_cache, progress, tp, pp)
         self.pool = KVPool(self.backend)
         """Blocks for those who run rows of their own; the engine's are apart, and are forgotten meanwhile."""
         self.max_batch = max_batch

@@ -29,6 +29,8 @@ class ReferenceBackend(Backend):
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
         self.config = decoder.config
+        self.whole = decoder.config
+        """Of the whole model, where this is a part of one: what tokens and positions there are."""
         self.kv_bytes_per_token = 4.0 * decoder.config.kv_elements_per_token()
         self.num_blocks = 0
         self.keys: list[Tensor] = []
@@ -56,13 +58,17 @@ class ReferenceBackend(Backend):
         self.num_blocks = num_blocks
 
     @torch.inference_mode()
-    def hidden(self, batch: Batch) -> Tensor:
-        batch.check(self.config, self.num_blocks)
-        tokens = torch.from_numpy(batch.tokens).long()
-        states = torch.empty(len(tokens), self.config.hidden_size)
+    def hidden(self, batch: Batch, before: Tensor | None = None) -> Tensor:
+        """As the seam says; `before`: [T, hidden_size], what the layers of an earlier stage made of the tokens."""
+        batch.check(self.whole, self.num_blocks)
+        embedded = self.decoder.embed(torch.from_numpy(batch.tokens).long()) if before is None else before
+        states = torch.empty(len(batch.tokens), self.config.hidden_size)
         for members in _equally_long(batch):
             cache = PagedCache(self, batch, members)
-            states[cache.rows] = self.decoder.hidden(tokens[cache.rows], cache, cache.positions)
+            x = embedded[cache.rows]
+            if before is None:
+                x = self.decoder.entrance(x, cache.positions)
+            states[cache.rows] = self.decoder.through(x, cache, cache.positions)
         return states[torch.from_numpy(batch.logit_rows).long()]
 
     def head(self, states: Tensor) -> Tensor:

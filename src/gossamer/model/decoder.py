@@ -223,11 +223,15 @@ class Decoder(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        return self.through(self.entrance(self.embed(tokens), positions), cache, positions)
+
+    @torch.inference_mode()
+    def through(self, x: Tensor, cache: Cache | None, positions: Tensor) -> Tensor:
+        """Hidden states [batch, time, hidden_size] after all blocks, from those before the first."""
         rotation = self.rotation(positions)
-        x = self.entrance(self.embed(tokens), positions)
         for block in self.blocks:
             x = block(x, rotation, cache)
-        return cast(Tensor, x)
+        return x
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:

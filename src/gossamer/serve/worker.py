@@ -185,7 +185,12 @@ def _beat(pipe: Pipe, worker: list[Worker]) -> None:
         at_work = worker[0] if worker else None
         busy = time.monotonic() - at_work.began if at_work is not None and at_work.engine.has_work else 0.0
         try:
+            if at_work is not None:
+                at_work.engine.backend.check_alive()
             pipe.send(Beat(busy))
+        except EngineError as error:  # a part of the model is gone, and nobody has asked for a step that would say so
+            pipe.send(Failed.of(error))
+            os._exit(1)
         except OSError:
             os._exit(1)
         time.sleep(SECONDS_PER_BEAT)

@@ -1,0 +1,324 @@
+"""The backend of a model that several processes hold: launches the ranks, hands each step to all, and watches them.
+
+A rank is lost when its process ends, says that it gives up, or is silent for too long; then all ranks are killed, and
+whatever is asked of the backend is an EngineError that names the rank. Knows no request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import errors, settings
+from ...checkpoint import Checkpoint
+from ...checkpoint.memory import require_memory
+from ...errors import EngineError, GossamerError
+from ...kernels import cpu as kernels
+from ...kernels import dispatch
+from ...parallel import Plan
+from ...parallel.wire import Message, Wire
+from ..backend import BLOCK_SIZE, Activations, Backend, Batch, Progress, Weights
+from .view import plan_checkpoint
+
+LOADING_PATIENCE = 12.0
+"""While it loads a rank may be silent for so many times longer: one call into a library can take a while."""
+
+logger = logging.getLogger("gossamer.engine")
+
+
+@dataclass(frozen=True)
+class Watch:
+    """When a rank counts as lost."""
+
+    silence: float = 10.0
+    """Seconds without a sign of life."""
+    step: float = 300.0
+    """Seconds for one step of all ranks."""
+
+
+class ShardedBackend(Backend):
+    """A checkpoint over tp * pp processes of this machine. Raises EngineError, CheckpointError, DoesNotFit."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        tp: int,
+        pp: int,
+        backend: Literal["cpu", "reference"],
+        *,
+        weights: Weights = "stored",
+        activations: Activations = "auto",
+        kv_cache: str = "auto",
+        watch: Watch = Watch(),
+        progress: Progress | None = None,
+    ) -> None:
+        self.name, self.config, self.watch = backend, checkpoint.config, watch
+        self.plan: Plan = plan_checkpoint(checkpoint, tp, pp)
+        self._num_blocks = 0
+        self._ranks = _Ranks(tp * pp, tp, watch)
+        self._close = weakref.finalize(self, self._ranks.kill)
+        choice = {"backend": backend, "weights": weights, "activations": activations, "kv_cache": kv_cache}
+        spec = choice | {"model": checkpoint.name, "tp": tp, "pp": pp, "timeout": watch.step}
+        spec["threads"] = max(1, settings.threads() // tp)
+        if progress is not None:
+            progress("loading", 0, tp * pp)
+        ready = self._ranks.start(spec)
+        if progress is not None:
+            progress("loading", tp * pp, tp * pp)
+        self.kv_bytes_per_token = float(sum(r.value("kv_bytes_per_token", float) for r in ready))
+        self.kv_dtype = ready[0].value("kv_dtype", str)
+        coded = any(r.value("activations", str) == "int8" for r in ready)
+        self.activations = "int8" if coded else "exact"
+        self.rank_bytes = [int(r.value("weight_bytes", int)) for r in ready]
+        """Bytes of weights that each rank holds."""
+        self._description = ready[0].value("description", str)
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the ranks."""
+        return self._ranks.pids
+
+    def reserve(self, num_blocks: int) -> None:
+        if 0 < num_blocks <= self._num_blocks:
+            return
+        require_memory(
+            int(self.kv_bytes_per_token * BLOCK_SIZE * max(0, num_blocks - self._num_blocks)),
+            f"the KV cache for {num_blocks * BLOCK_SIZE:,} tokens",
+            "ask for fewer tokens, or for fewer prompts at a time",
+        )
+        self._ranks.ask(Message("reserve", {"blocks": num_blocks}))
+        self._num_blocks = num_blocks
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self._joined(self._step("forward", batch))
+
+    def argmax(self, batch: Batch) -> Tensor:
+        from ..sampling import raise_not_finite
+
+        values, tokens = (np.stack(each) for each in zip(*self._step("argmax", batch), strict=True))
+        if not np.isfinite(values).all():
+            raise_not_finite()
+        best = values.argmax(0)  # of equals the first rank, whose tokens come first
+        return torch.from_numpy(np.take_along_axis(tokens, best[None], 0)[0])
+
+    def hidden(self, batch: Batch) -> Tensor:
+        (states,) = self._step("hidden", batch)[0]
+        return torch.from_numpy(np.array(states))
+
+    def head(self, states: Tensor) -> Tensor:
+        if states.ndim != 2 or states.shape[1] != self.config.hidden_size:
+            raise EngineError(f"states are {states.dtype} {list(states.shape)}")
+        message = Message("head", arrays=(states.float().numpy(),))
+        return self._joined([reply.arrays for reply in self._ranks.ask(message, self._last)])
+
+    def check_alive(self) -> None:
+        self._ranks.check()
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.rank_bytes)
+
+    def describe(self) -> str:
+        return f"{self._description}; {self.plan.tp} ranks by {self.plan.pp} stages"
+
+    def close(self) -> None:
+        """End the ranks."""
+        self._close()
+
+    @property
+    def _last(self) -> range:
+        """Ranks of the last stage."""
+        count = len(self.plan.shares)
+        return range(count - self.plan.tp, count)
+
+    def _step(self, verb: str, batch: Batch) -> list[tuple[np.ndarray, ...]]:
+        """Results of the last stage's ranks."""
+        batch.check(self.config, self._num_blocks)
+        arrays = tuple(getattr(batch, field.name) for field in fields(batch))
+        replies = self._ranks.ask(Message("step", {"verb": verb}, arrays))
+        return [replies[rank].arrays for rank in self._last]
+
+    def _joined(self, parts: list[tuple[np.ndarray, ...]]) -> Tensor:
+        return torch.from_numpy(np.concatenate([logits for (logits,) in parts], -1))
+
+
+class _Ranks:
+    """The processes, and one thread for each that listens to it."""
+
+    def __init__(self, count: int, tp: int, watch: Watch) -> None:
+        self.count, self.tp, self.watch = count, tp, watch
+        self._folder = tempfile.TemporaryDirectory(prefix="gossamer-ranks-", ignore_cleanup_errors=True)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._wires: list[Wire] = []
+        self._heard: list[float] = []
+        self._patience = watch.silence * LOADING_PATIENCE
+        self._inbox: queue.SimpleQueue[tuple[int, Message] | None] = queue.SimpleQueue()
+        self._lost: GossamerError | None = None
+        self._ended = threading.Event()
+        self._losing = threading.Lock()
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def start(self, spec: dict[str, Any]) -> list[Message]:
+        """Launch all ranks and wait until they have loaded their parts; what they say of themselves."""
+        store = os.path.join(self._folder.name, "store")
+        try:
+            memories = [_shared_memory(self.tp) for _ in range(self.count // self.tp)]
+            for rank in range(self.count):
+                memory = memories[rank // self.tp]
+                self._launch(rank, spec | {"store": store, "rank": rank, "memory": memory}, memory)
+            for memory in memories:
+                if memory is not None:
+                    os.close(memory)
+            threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+            ready = self._gather(range(self.count), self.watch.step)
+        except BaseException:
+            self.kill()
+            raise
+        self._patience = self.watch.silence
+        return ready
+
+    def ask(self, message: Message, ranks: range | None = None) -> list[Message]:
+        """Tell these ranks (None: all) the same; their answers. Raises EngineError when a rank is lost."""
+        ranks = ranks or range(self.count)
+        self.check()
+        for rank in ranks:
+            try:
+                self._wires[rank].send(message)
+            except OSError as error:
+                self._lose(rank, f"cannot be reached ({error})")
+        return self._gather(ranks, self.watch.step, survivable=message.kind == "reserve")
+
+    def check(self) -> None:
+        """Raise EngineError if a rank is lost."""
+        if self._lost is not None:
+            raise type(self._lost)(self._lost.message, hint=self._lost.hint)
+
+    def kill(self) -> None:
+        """End all processes, now. Safe to call twice."""
+        self._ended.set()
+        self._lost = self._lost or EngineError("the ranks of this model have been ended")
+        self._end_processes()
+        for wire in self._wires:
+            wire.close()
+        self._folder.cleanup()
+
+    def _end_processes(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.wait()
+
+    def _launch(self, rank: int, spec: dict[str, Any], memory: int | None) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            passed = (theirs.fileno(), *(() if memory is None else (memory,)))
+            environment = dict(os.environ)
+            if sys.platform == "linux":
+                environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            command = [sys.executable, "-m", __package__ + ".rank", str(theirs.fileno()), str(os.getpid())]
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=passed, env=environment
+            )
+        self._processes.append(process)
+        self._wires.append(Wire(ours))
+        self._heard.append(time.monotonic())
+        threading.Thread(target=self._listen, args=(rank,), name=f"rank {rank}", daemon=True).start()
+        self._wires[rank].send(Message("load", spec))
+
+    def _listen(self, rank: int) -> None:
+        """Take in what a rank says until it is gone."""
+        while not self._ended.is_set():
+            try:
+                message = self._wires[rank].receive()
+            except (EOFError, OSError):
+                self._lose(rank, "has ended")
+                return
+            except EngineError as error:
+                self._lose(rank, f"failed: {error.message}")
+                return
+            self._heard[rank] = time.monotonic()
+            if message.kind != "beat":
+                self._inbox.put((rank, message))
+
+    def _watch(self) -> None:
+        """Lose a rank that is silent."""
+        while not self._ended.wait(0.2):
+            now = time.monotonic()
+            for rank, heard in enumerate(self._heard):
+                if now - heard > self._patience:
+                    self._lose(rank, f"has been silent for {now - heard:.0f} s")
+
+    def _lose(self, rank: int, why: str, error: GossamerError | None = None) -> None:
+        """Note the first loss, and end all ranks: the others wait for the one that is lost."""
+        with self._losing:
+            if error is not None and self._lost is not None:
+                self._lost = error  # its own words came after its end was seen
+            if self._lost is not None or self._ended.is_set():
+                return
+            self._lost = error or EngineError(f"rank {rank} of {self.count} {why}")
+            logger.error("rank %d of %d %s: all ranks are ended", rank, self.count, why)
+            self._ended.set()
+        self._end_processes()
+        self._inbox.put(None)
+
+    def _gather(self, ranks: range, seconds: float, survivable: bool = False) -> list[Message]:
+        """An answer of each of these ranks, in their order. Raises what a rank says has failed.
+
+        After that all ranks are ended, unless it was `survivable`: they would not be in step any more.
+        """
+        found: dict[int, Message] = {}
+        deadline = time.monotonic() + seconds
+        while len(found) < len(ranks):
+            try:
+                item = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                late = next(rank for rank in ranks if rank not in found)
+                self._lose(late, f"has not answered for {seconds:.0f} s")
+                continue
+            if item is not None and item[1].kind == "failed" and not survivable:
+                self._lose(item[0], "failed", _told(*item))  # its own words, also where its end was seen first
+            self.check()
+            assert item is not None  # else a rank would be lost
+            found[item[0]] = item[1]
+        for rank in ranks:
+            if found[rank].kind == "failed":
+                raise _told(rank, found[rank])
+        return [found[rank] for rank in ranks]
+
+
+def _told(rank: int, message: Message) -> GossamerError:
+    """The error that a rank tells of."""
+    kind = getattr(errors, message.value("error", str), EngineError)
+    if not (isinstance(kind, type) and issubclass(kind, GossamerError)) or kind is errors.UnknownName:
+        kind = EngineError
+    hint = message.values.get("hint")
+    return kind(f"rank {rank}: {message.value('message', str)}", hint=hint if isinstance(hint, str) else None)
+
+
+def _shared_memory(tp: int) -> int | None:
+    """A descriptor of memory that a stage's ranks sum in; None where that cannot be had, and gloo has to do."""
+    if tp == 1 or not hasattr(os, "memfd_create") or dispatch.isa() == "reference":
+        return None
+    with contextlib.suppress(OSError):
+        memory = os.memfd_create("gossamer-ranks")
+        os.ftruncate(memory, kernels.extension().SharedSum.bytes(tp))
+        return memory
+    return None

@@ -1,0 +1,78 @@
+"""What the ranks of a model say to each other while they compute: sums within a stage, hidden states between stages.
+
+The process group is torch.distributed's (gloo); on one machine sums go through shared memory instead, where the C++
+extension is there. Every wait has an end. Knows no model.
+"""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import FileStore
+
+from ..errors import EngineError
+
+
+class Peers(Protocol):
+    """The other ranks of a model, as one of them sees them."""
+
+    def sum(self, tensor: Tensor) -> None:
+        """Replace a contiguous float32 tensor by its sum over the ranks of this stage."""
+
+    def send(self, tensor: Tensor) -> None:
+        """Hand float32 hidden states to the same rank of the next stage."""
+
+    def receive(self, tensor: Tensor) -> None:
+        """Fill a float32 tensor with what the same rank of the stage before sends."""
+
+
+class ProcessGroup:
+    """Ranks in processes of their own. Raises EngineError where another one does not answer in time."""
+
+    def __init__(self, rank: int, tp: int, pp: int, store: Path, timeout: float, shared_sum: Any | None = None) -> None:
+        """`store`: a file in a folder of the user alone, where the ranks meet; `timeout`: seconds.
+
+        `shared_sum`: the extension's, for the ranks of this stage.
+        """
+        self.rank, self.tp, self.pp = rank, tp, pp
+        self.shared_sum = shared_sum
+        wait = datetime.timedelta(seconds=timeout)
+        try:
+            dist.init_process_group(
+                "gloo", store=FileStore(str(store), tp * pp), rank=rank, world_size=tp * pp, timeout=wait
+            )
+            stages = [list(range(stage * tp, stage * tp + tp)) for stage in range(pp)]
+            groups = [dist.new_group(ranks, timeout=wait) for ranks in stages]  # every rank has to make all of them
+        except RuntimeError as error:
+            raise EngineError(f"rank {rank}: the other ranks cannot be reached: {error}") from error
+        self._stage = groups[rank // tp]
+
+    def sum(self, tensor: Tensor) -> None:
+        if self.tp == 1:
+            return
+        try:
+            if self.shared_sum is not None:
+                self.shared_sum(tensor.view(-1).numpy())
+            else:
+                dist.all_reduce(tensor, group=self._stage)
+        except RuntimeError as error:
+            raise EngineError(f"rank {self.rank}: a sum over the ranks failed: {error}") from error
+
+    def send(self, tensor: Tensor) -> None:
+        try:
+            dist.send(tensor, self.rank + self.tp)
+        except RuntimeError as error:
+            raise EngineError(f"rank {self.rank}: the next stage does not answer: {error}") from error
+
+    def receive(self, tensor: Tensor) -> None:
+        try:
+            dist.recv(tensor, self.rank - self.tp)
+        except RuntimeError as error:
+            raise EngineError(f"rank {self.rank}: the stage before does not answer: {error}") from error
+
+    def close(self) -> None:
+        dist.destroy_process_group()

@@ -1,0 +1,102 @@
+"""Models over several processes: the same text as from one, and what follows when a rank dies, stops or is confused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from gossamer.checkpoint import open_checkpoint
+from gossamer.engine import LLM, SamplingParams
+from gossamer.engine.backend import choose
+from gossamer.engine.sharded.launch import ShardedBackend, Watch
+from gossamer.errors import EngineError
+from gossamer.formats import Integer
+from parallel_models import write_model
+
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [30, 40, 50, 60, 70]]
+GREEDY = SamplingParams(max_tokens=12)
+SILENCE = 3.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    changes = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 4}
+    return write_model(tmp_path_factory.mktemp("parallel") / "model", Integer(4, 16), **changes)
+
+
+@pytest.fixture(scope="module")
+def expected(folder):
+    return tokens(LLM(folder))
+
+
+@pytest.fixture
+def lonely(folder):
+    """Two ranks that are watched closely."""
+    found = ShardedBackend(open_checkpoint(folder), 2, 1, "cpu", watch=Watch(SILENCE, 60.0))
+    yield found
+    found.close()
+
+
+def tokens(llm):
+    return [completion.tokens for completion in llm.generate(PROMPTS, GREEDY)]
+
+
+def watch(backend, seconds):
+    """Look at a backend until it is found lost."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        backend.check_alive()
+        time.sleep(0.05)
+
+
+def gone(pid, seconds=60.0):
+    """True once a process has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize(("tp", "pp", "backend"), [(2, 1, "cpu"), (2, 2, "cpu"), (2, 1, "reference")])
+def test_ranks_in_processes_write_what_one_process_does(folder, expected, tp, pp, backend):
+    llm = LLM(folder, backend=backend, tp=tp, pp=pp)
+    pids = llm.backend.pids
+    assert len(pids) == tp * pp
+    assert tokens(llm) == expected
+    assert sum(llm.backend.rank_bytes) < 2 * LLM(folder, backend=backend).backend.weight_bytes
+    llm.backend.close()
+    assert all(gone(pid) for pid in pids)
+    with pytest.raises(EngineError):
+        llm.backend.reserve(10_000)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_stops_is_an_error_that_names_it_and_ends_the_others(lonely, number, caplog):
+    pids = lonely.pids
+    lonely.check_alive()
+    os.kill(pids[1], number)
+    with pytest.raises(EngineError, match=r"rank 1 of 2 has (ended|been silent)"):
+        watch(lonely, 20 * SILENCE)
+    assert all(gone(pid) for pid in pids)
+    assert "rank 1 of 2" in caplog.text
+    with pytest.raises(EngineError, match="rank 1"):
+        lonely.reserve(4)
+
+
+def test_a_rank_that_talks_nonsense_is_lost(folder, monkeypatch):
+    from gossamer.parallel import wire
+
+    found = choose(open_checkpoint(folder), "cpu", tp=2)
+    assert isinstance(found, ShardedBackend)
+    monkeypatch.setattr(wire, "frame", lambda message: b"\xff" * 16)
+    pids = found.pids
+    with pytest.raises(EngineError):
+        found.reserve(4)  # the rank refuses what it was sent, and ends
+    assert all(gone(pid) for pid in pids)
