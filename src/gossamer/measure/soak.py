@@ -89,12 +89,14 @@ class Soak:
         self._sums = _Sums()
         self._before: _Positions | None = None
         self._progress, self._clock, self._began = progress, clock, clock()
+        self._talking_since = self._began
 
     def run(self) -> Iterator[dict[str, Any]]:
         """The results so far: once before the first round, after each, and at the end."""
         self._before = self._judge("judging before")
         first = self._probe()
         yield self.results()
+        self._talking_since = self._clock()
         while not self._over():
             self._converse()
             self._compare(first, self._probe())
@@ -255,12 +257,12 @@ class Soak:
         return rows
 
     def _over(self) -> bool:
-        late = self._clock() - self._began >= self.plan.minutes * 60
+        late = self._clock() - self._talking_since >= self.plan.minutes * 60
         return self.broken or late or (self.plan.rounds is not None and self.rounds >= self.plan.rounds)
 
     def _tell(self, label: str) -> None:
         seconds = math.ceil(self.plan.minutes * 60)
-        self._progress(label, min(int(self._clock() - self._began), seconds), seconds)
+        self._progress(label, min(int(self._clock() - self._talking_since), seconds), seconds)
 
 
 def _logits(backend: Backend, pool: KVPool, ids: list[int]) -> Iterator[Tensor]:

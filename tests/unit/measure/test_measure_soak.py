@@ -160,6 +160,9 @@ def test_a_session_ends_with_its_time(tiny: Path) -> None:
     values = session(tiny, plan=SoakPlan(minutes=0.5, context=96, turn=8), clock=lambda: next(now))
     assert values[-1]["complete"]
     assert 1 <= values[-1]["rounds"] <= 30
+    assert values[-1]["seconds"] >= 30
+    at_once = session(tiny, plan=SoakPlan(minutes=0, context=96, turn=8))[-1]
+    assert (at_once["rounds"], at_once["complete"], at_once["sound"]) == (0, True, True)
 
 
 @pytest.mark.parametrize(
