@@ -243,6 +243,7 @@ class GGUFCheckpoint(Checkpoint):
         if not row.grouped and plain["num_key_value_heads"] != heads:
             raise UnsupportedModel(f"{self.path}: {arch}.attention.head_count_kv differs from the number of heads")
         left_out = set() if row.grouped else {"num_key_value_heads", "head_dim"}
+        left_out |= set() if row.activation else {"hidden_act"}
         left_out |= {key for key in ("attention_bias", "mlp_bias") if key not in family.biases}
         if family.model.get("positions", "rotary") != "rotary":
             left_out |= {"rope_theta", "rope_parameters"}
