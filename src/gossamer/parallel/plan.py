@@ -105,14 +105,15 @@ class Share:
         """Tensor name in this rank's model -> where it comes from; the embedding and the head only where they are."""
         family = FAMILIES[self.config.family]
         embed, head = f"{family.embed}.weight", f"{family.head}.weight"
-        found = {embed: Cut(embed, (self.vocab,))} if self.is_first else {}
+        vocab = (self.vocab,) if self.tp > 1 else None
+        found = {embed: Cut(embed, vocab)} if self.is_first else {}
         for i, share in enumerate(self.layers):
             found |= self._layer_cuts(i, share)
         if self.is_last:
             for part in norm_parts(self.config):
                 found[f"{family.final_norm}.{part}"] = Cut(f"{family.final_norm}.{part}")
             if not self.rank_config.tie_embeddings:
-                found[head] = Cut(embed if self.config.tie_embeddings else head, (self.vocab,))
+                found[head] = Cut(embed if self.config.tie_embeddings else head, vocab)
         return found
 
     def _layer_cuts(self, index: int, share: LayerShare) -> Iterator[tuple[str, Cut]]:
@@ -125,7 +126,8 @@ class Share:
         for role in layer.linear_shapes(self.config.hidden_size):
             source, own = family.module(role, self.first_layer + index), family.module(role, index)
             by_columns = role in ("o", "down")
-            rows, columns = (None, spans[role]) if by_columns else (spans[role], None)
+            span = spans[role] if self.tp > 1 else None
+            rows, columns = (None, span) if by_columns else (span, None)
             yield f"{own}.weight", Cut(f"{source}.weight", rows, columns)
             if layer.has_bias(role):
                 yield f"{own}.bias", Cut(f"{source}.bias", rows, zero=by_columns and self.tp_rank > 0)

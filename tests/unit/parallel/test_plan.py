@@ -121,6 +121,12 @@ def test_a_format_that_nobody_can_cut_is_refused():
     assert plan(config(SMOLLM2), 1, form=Odd()).tp == 1
 
 
+@pytest.mark.parametrize("changes", [{"positions": "alibi"}, {"positions": "learned"}, {"embed_norm": True}])
+def test_models_whose_positions_or_embedding_cannot_be_cut_are_refused(changes):
+    with pytest.raises(EngineError, match="cannot be cut"):
+        plan(dataclasses.replace(config(SMOLLM2), **changes), 2)
+
+
 def test_stages_are_as_even_as_layers_and_the_head_allow():
     assert _stages([1.0] * 6, 0.0, 3) == [(0, 2), (2, 4), (4, 6)]
     assert _stages([1.0] * 6, 2.0, 2) == [(0, 4), (4, 6)]

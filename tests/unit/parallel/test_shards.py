@@ -60,6 +60,11 @@ def test_two_ranks_give_what_one_process_does_in_every_format(form, backend, tmp
     check(write_model(tmp_path / "model", form), 2, 1, backend)
 
 
+GEMMA2 = {
+    "model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"], "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 16, "sliding_window": 48, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+}  # fmt: skip
+"""Norms behind both halves of a layer, a scale of the embedding, windows, bounds of scores and logits."""
 SHAPES = {
     "untied": ({"tie_word_embeddings": False}, 2, 1),
     "biases": ({"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}, 2, 1),
@@ -71,6 +76,8 @@ SHAPES = {
     "stages": ({}, 1, 2),
     "stages untied": ({"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True}, 1, 3),
     "both": ({}, 2, 2),
+    "gemma2": (GEMMA2, 2, 2),
+    "qwen3": ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}, 2, 2),
 }  # fmt: skip
 
 
