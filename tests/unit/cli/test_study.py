@@ -83,7 +83,7 @@ def test_a_format_that_cannot_be_made_is_a_failed_row_and_the_exit_code_says_so(
         (["study", "precision", "TINY", "--out", "o", "--batch", "0"], "batch is 0"),
         (["study", "precision", "TINY", "--out", "o", "--max-size", "100 parsecs"], "'100 parsecs' is not a size"),
         (["study", "precision", "TINY"], "--out"),
-        (["study", "TINY"], "did you mean 'study precision'"),
+        (["study", "TINY"], "or 'study precision'"),
     ],
 )
 def test_a_wrong_request_is_refused_before_any_work(
