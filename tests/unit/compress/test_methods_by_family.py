@@ -37,11 +37,21 @@ CUT = {"ratio": 0.1, "heads": "keep", "multiple": 1}
 STAGES |= {name: [{"method": name, **CUT}] for name in ("flap", "wanda-sp", "llm-pruner")}
 STAGES["slicegpt"] = [{"method": "slicegpt", "ratio": 0.05, "multiple": 1}]
 STAGES["depth"] = [{"method": "depth", "ratio": 0.3}]
+SPARSE = {"method": "magnitude", "sparsity": 0.1}
+STAGES |= {name: [{"method": name, "sparsity": 0.1}] for name in ("magnitude", "wanda", "sparsegpt")}
+STAGES |= {name: [{"method": name, "rank": 24, "multiple": 8}] for name in ("svd", "asvd", "svd-llm")}
+STAGES["tensor-train"] = [{"method": "tensor-train", "ratio": 0.9}]
+STAGES["recover-local"] = [SPARSE, {"method": "recover-local", "tokens": 96}]
+STAGES["distill"] = [SPARSE, {"method": "distill", "tokens": 96}]
+STAGES["lora"] = [{"method": "wanda-sp", **CUT}, {"method": "lora", "tokens": 96}]
 UNTURNABLE = {"gemma2", "gemma3_text", "gpt2", "gpt_neox", "opt", "bloom"}
 REFUSED = {"rotate": UNTURNABLE, "slicegpt": UNTURNABLE}
 """Whose norms do not commute with a rotation."""
 BOUNDS = {"squeezellm": 0.6, "flap": 0.7, "wanda-sp": 0.7, "llm-pruner": 0.7, "slicegpt": 1.0, "depth": 1.5}
-"""Of the error of logits over their spread, where the method has no 8 bits."""
+BOUNDS |= dict.fromkeys(("magnitude", "wanda", "sparsegpt", "recover-local", "distill"), 0.4) | {"lora": 0.7}
+BOUNDS |= dict.fromkeys(("svd", "asvd", "svd-llm", "tensor-train"), 1.3)
+"""Of the error of logits over their spread, where the method has no 8 bits; random weights are of full rank, and logits
+that have nothing to do with each other are 1.41 apart."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
