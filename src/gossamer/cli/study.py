@@ -18,6 +18,7 @@ from .eval import Threads, make_table
 
 if TYPE_CHECKING:
     from ..compress.recipe import Recipe
+    from ..measure.run import EvalRequest
     from ..measure.worker import Channel, Progress
     from ..report.study import StudyRow
     from ..search.study_precision import PrecisionStudy
@@ -67,32 +68,20 @@ def study_precision(
     gossamer study precision smollm2 --out study/ --max-size 100MB
     """
     from ..checkpoint import open_checkpoint
-    from ..measure.corpus import load_corpus
-    from ..measure.plans import SpeedPlan, WindowPlan
+    from ..measure.plans import SpeedPlan
     from ..measure.records import check_writable
-    from ..measure.run import EvalRequest
     from ..search.study_precision import KV_CACHES, VARIANTS, PrecisionStudy, run_study
 
-    text = {"source": calibration, "sequences": calibration_sequences, "length": calibration_length, "seed": seed}
     study = PrecisionStudy(
         model=model,
         fingerprint=open_checkpoint(model).fingerprint(),
         folder=out,
-        request=EvalRequest(
-            corpus_source=corpus,
-            corpus=load_corpus(corpus),
-            plan=WindowPlan(context, context, context // 2),
-            tokens=tokens,
-            samples=0,
-            backend=backend,
-            activations=activations,
-            threads=threads,
-        ),
+        request=request_of(corpus, context, tokens, backend, activations, threads),
         speed=SpeedPlan(prompt_tokens, output_tokens, 1, repetitions, 1),
         batches=tuple(_numbers(batch)),
         formats=VARIANTS if formats is None else tuple(names_of(formats)),
         method=method,
-        calibration={key: value for key, value in text.items() if value is not None},
+        calibration=given_of(calibration, calibration_sequences, calibration_length, seed),
     )
     for name in study.formats:  # what is wrong with a name, a method or a batch size is found before any work
         if name not in KV_CACHES:
@@ -104,6 +93,32 @@ def study_precision(
     with progress(quiet) as report:
         records = run_study(study, lambda recipe, folder, say: made_by(study, recipe, folder, say), report)
     return _finish(study, records, limit, max_kld, json, quiet)
+
+
+def request_of(
+    corpus: str, context: int, tokens: int | None, backend: Backend, activations: Activations, threads: int | None
+) -> EvalRequest:
+    """How a study judges: windows of `context` tokens, of which the second half is scored."""
+    from ..measure.corpus import load_corpus
+    from ..measure.plans import WindowPlan
+    from ..measure.run import EvalRequest
+
+    return EvalRequest(
+        corpus_source=corpus,
+        corpus=load_corpus(corpus),
+        plan=WindowPlan(context, context, context // 2),
+        tokens=tokens,
+        samples=0,
+        backend=backend,
+        activations=activations,
+        threads=threads,
+    )
+
+
+def given_of(source: str | None, sequences: int | None, length: int | None, seed: int | None) -> dict[str, Any]:
+    """What the command line says of the calibration text."""
+    text = {"source": source, "sequences": sequences, "length": length, "seed": seed}
+    return {key: value for key, value in text.items() if value is not None}
 
 
 def _finish(

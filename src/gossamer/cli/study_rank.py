@@ -12,7 +12,7 @@ from ._console import emit_json, progress, remark
 from ._options import Activations, Backend, Json, Model, Quiet
 from .compress import CalibrationText, Length, Seed, Sequences
 from .eval import Threads, make_table
-from .study import made_by, names_of
+from .study import given_of, made_by, names_of, request_of
 
 if TYPE_CHECKING:
     from ..search.study_rank import RankStudy
@@ -48,33 +48,21 @@ def study_rank(
     gossamer study rank smollm2 --out ranks/ --ratios 0.9,0.8
     """
     from ..checkpoint import open_checkpoint
-    from ..measure.corpus import load_corpus
-    from ..measure.plans import SpeedPlan, WindowPlan
+    from ..measure.plans import SpeedPlan
     from ..measure.records import check_writable
-    from ..measure.run import EvalRequest
     from ..search.study_precision import run_study
     from ..search.study_rank import RankStudy, variants
 
-    text = {"source": calibration, "sequences": calibration_sequences, "length": calibration_length, "seed": seed}
     study = RankStudy(
         model=model,
         fingerprint=open_checkpoint(model).fingerprint(),
         folder=out,
-        request=EvalRequest(
-            corpus_source=corpus,
-            corpus=load_corpus(corpus),
-            plan=WindowPlan(context, context, context // 2),
-            tokens=tokens,
-            samples=0,
-            backend=backend,
-            activations=activations,
-            threads=threads,
-        ),
+        request=request_of(corpus, context, tokens, backend, activations, threads),
         speed=SpeedPlan(),
         batches=(),
         formats=variants(names_of(ratios)),
         method=method,
-        calibration={key: value for key, value in text.items() if value is not None},
+        calibration=given_of(calibration, calibration_sequences, calibration_length, seed),
     )
     for name in study.formats:  # what is wrong with a method is found before any work
         study.recipe(name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor
 
 from ...checkpoint import Checkpoint
 from ...checkpoint.safetensors_io import row_range
-from ...checkpoint.tokenizer import Tokenizer
 from ...errors import CompressionError
-from ...formats import Dense, Format
 from ...model import FAMILIES, LINEARS, LayerConfig, ModelConfig, tensor_names
 from ...model.families import Family, norm_parts
+from ..view import View
 
 SAYS_HEADS = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}
 """Families whose other readers take a width of heads that is not hidden_size over their number."""
@@ -33,7 +31,7 @@ class _Place:
     value: Tensor | None = None
 
 
-class CutCheckpoint(Checkpoint):
+class CutCheckpoint(View):
     """What is left of another checkpoint by a decision.
 
     `layers` [kept]: which layers stay (none given: all). `I.heads` and `I.channels`: the query heads and channels of
@@ -43,9 +41,7 @@ class CutCheckpoint(Checkpoint):
     """
 
     def __init__(self, base: Checkpoint, decision: Mapping[str, Tensor], plain: bool = False) -> None:
-        self.base = base
-        self.name, self.path, self.dtype = base.name, base.path, base.dtype
-        self.manifest, self.source_note = base.manifest, base.source_note
+        super().__init__(base)
         self._decision = dict(decision)
         every = torch.arange(base.config.num_layers, dtype=torch.int32)
         self._layers: list[int] = decision.get("layers", every).tolist()
@@ -56,13 +52,6 @@ class CutCheckpoint(Checkpoint):
         self.hf_config = shaped(base.hf_config, self.config, self._layers)
         self._shapes = dict(tensor_names(self.config))
         self._places = dict(self._find())
-
-    def format(self, name: str) -> Format:
-        self.shape(name)
-        return Dense(self.dtype)
-
-    def stored(self, name: str) -> dict[str, Tensor]:
-        return {"weight": self.tensor(name, dtype=self.dtype)}
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"{self.base.fingerprint()} cut {sorted(self.config.layers[0].biases)}".encode())
@@ -135,18 +124,6 @@ class CutCheckpoint(Checkpoint):
                 if value is None and not was.has_bias(role):
                     value = torch.zeros(height)
                 yield f"{name}.bias", _Place(f"{before}.bias", rows.get(role), value=value)
-
-    def _make_tokenizer(self) -> Tokenizer:
-        return self.base.tokenizer()
-
-    def _read(self, name: str, start: int, stop: int) -> Tensor:
-        return self.tensor(name, slice(start, stop), self.dtype)
-
-    def _files(self) -> list[Path]:
-        return self.base._files()
-
-    def _contents(self) -> Iterator[tuple[str, Iterator[Tensor]]]:
-        return ((name, iter((self.tensor(name, dtype=self.dtype),))) for name in self.names())
 
 
 def shaped(hf: Mapping[str, Any], config: ModelConfig, layers: list[int]) -> dict[str, Any]:

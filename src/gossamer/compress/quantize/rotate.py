@@ -17,7 +17,6 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,12 +24,11 @@ from pydantic import Field
 from torch import Tensor
 
 from ...checkpoint import Checkpoint
-from ...checkpoint.tokenizer import Tokenizer
 from ...errors import CompressionError
-from ...formats import Dense, Format
 from ...model import FAMILIES, LINEARS, ModelConfig, tensor_names
 from ...model.families import NORMS, Family
 from ..method import Options, Transform
+from ..view import View
 
 LARGEST_FACTOR = 64
 """A power of two is split into Hadamard matrices of at most this size: fewer operations than one large matrix."""
@@ -181,13 +179,12 @@ def require_rotatable(config: ModelConfig, method: str) -> None:
         )
 
 
-class RotatedCheckpoint(Checkpoint):
+class RotatedCheckpoint(View):
     """Another checkpoint's tensors, rotated in float64 whenever they are read."""
 
     def __init__(self, base: Checkpoint, options: RotateOptions) -> None:
-        self.base, self.options = base, options
-        self.name, self.path, self.dtype = base.name, base.path, base.dtype
-        self.manifest, self.source_note = base.manifest, base.source_note
+        super().__init__(base)
+        self.options = options
         family = FAMILIES[base.config.family]
         self._final_norm = base.tensor(f"{family.final_norm}.weight", dtype=torch.float64)
         self._tied = base.config.tie_embeddings and bool((self._final_norm == self._final_norm[0]).all())
@@ -198,13 +195,6 @@ class RotatedCheckpoint(Checkpoint):
         # All layers share one rotation of values: heads of one width are all that the model families have.
         self._values = Rotation(base.config.layers[0].head_dim, options.seed + 1, options.kind)
         self._places = dict(places(family, self.config))
-
-    def format(self, name: str) -> Format:
-        self.shape(name)
-        return Dense(self.dtype)
-
-    def stored(self, name: str) -> dict[str, Tensor]:
-        return {"weight": self.tensor(name, dtype=self.dtype)}
 
     def fingerprint(self) -> str:
         text = f"{self.base.fingerprint()} {Rotate.name} {self.options.model_dump_json()}"
@@ -259,18 +249,6 @@ class RotatedCheckpoint(Checkpoint):
     def _turn_heads(self, weight: Tensor) -> Tensor:
         """W blockdiag(R) for weight [.., heads * head_dim]."""
         return self._values.turn(weight.reshape(*weight.shape[:-1], -1, self._values.size)).flatten(-2)
-
-    def _make_tokenizer(self) -> Tokenizer:
-        return self.base.tokenizer()
-
-    def _read(self, name: str, start: int, stop: int) -> Tensor:
-        return self.tensor(name, slice(start, stop), self.dtype)
-
-    def _files(self) -> list[Path]:
-        return self.base._files()
-
-    def _contents(self) -> Iterator[tuple[str, Iterator[Tensor]]]:
-        return ((name, iter((self.tensor(name, dtype=self.dtype),))) for name in self.names())
 
 
 def places(family: Family, config: ModelConfig) -> Iterator[tuple[str, tuple[str, int | None, str]]]:
