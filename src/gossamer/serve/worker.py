@@ -9,7 +9,6 @@ from one whose step takes long. The worker ends when its parent does, whatever e
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import queue
@@ -25,6 +24,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ..engine.child import die_with
 from ..errors import EngineError
 from ..settings import debugging
 from .messages import Abort, Add, Added, Beat, Failed, Pipe, Ready, Refused, Stepped, Stop, WorkerSpec
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 SECONDS_PER_BEAT = 0.25
 GRAMMAR_THREADS = 2
-_PR_SET_PDEATHSIG = 1
 
 
 class Worker:
@@ -196,18 +195,10 @@ def _beat(pipe: Pipe, worker: list[Worker]) -> None:
         time.sleep(SECONDS_PER_BEAT)
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when the parent is gone (Linux; elsewhere the end of the pipe has to do)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it went before the request was made
-            os._exit(1)
-
-
 def main(arguments: list[str]) -> int:
     """Serve one pipe to its end; exit code 1 if the engine could not be made or broke."""
     end, parent = map(int, arguments)
-    _die_with(parent)
+    die_with(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the server, which lets requests finish first
     pipe = Pipe(socket.socket(fileno=end))

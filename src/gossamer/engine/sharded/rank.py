@@ -8,7 +8,6 @@ The rank ends when the engine does, whatever either of them is doing.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -28,11 +27,11 @@ from ...parallel.group import ProcessGroup
 from ...parallel.wire import Message, Wire
 from ...settings import debugging
 from ..backend import Batch
+from ..child import die_with
 from .part import Part
 from .view import plan_checkpoint
 
 SECONDS_PER_BEAT = 0.25
-_PR_SET_PDEATHSIG = 1
 
 
 def load(message: Message) -> Part:
@@ -113,18 +112,10 @@ def _beat(wire: Wire) -> None:
         time.sleep(SECONDS_PER_BEAT)
 
 
-def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when the parent is gone (Linux; elsewhere the end of the socket has to do)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it went before the request was made
-            os._exit(1)
-
-
 def main(arguments: list[str]) -> int:
     """Compute until the engine says stop or goes; exit code 1 if something failed."""
     end, parent = map(int, arguments)
-    _die_with(parent)
+    die_with(parent)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the engine's process, which ends its ranks
     wire = Wire(socket.socket(fileno=end))
