@@ -16,6 +16,11 @@ constexpr int KvGroup = 64;       // columns of a head that share a scale in a c
 constexpr int ValueRun = 32;      // columns of a value that are packed together there
 constexpr int MaxQueryRows = 48;  // rows (query tokens times heads of a group) of one attention call
 
+// What a product of several tokens keeps in registers: sums of so many tokens by vectors of rows.
+struct RegisterTile {
+  int tokens, vectors;
+};
+
 enum class Kind : uint8_t { f32, bf16, e4m3, i8, i6, i5, i4, i3, i2, c4, c4s };
 enum class ScaleKind : uint8_t { bf16, f16, f32, e4m3, e8m0 };
 enum class KvKind : uint8_t { f32, bf16, i8, i4 };
