@@ -570,7 +570,7 @@ void bind_engine(nb::module_& m) {
            [](Model& model) {
              const std::vector<double> seconds = model.phase_seconds();
              nb::dict found;
-             for (int i = 0; i < Model::phase_count; ++i) found[Model::phase_names[i]] = seconds[i];
+             for (int i = 0; i < Model::Phase::count; ++i) found[Model::phase_names[i]] = seconds[i];
              return found;
            })
       .def_prop_ro("blocks", &Model::blocks)

@@ -75,6 +75,8 @@ struct Options {
   int threads;
 };
 
+struct Input;
+
 class Model {
  public:
   Model(ModelShape shape, Weight embedding, Weight head, NormWeights final_norm);
@@ -93,9 +95,11 @@ class Model {
   void head(const float* states, int64_t rows, const Options&, float* out);
 
   // Seconds that the calling thread has spent in each phase since the last call, waiting for others included.
-  static constexpr const char* phase_names[] = {"embed", "norm", "qkv", "rope", "attention", "mix", "output",
-                                                "gate_up", "quantize", "down", "head"};
-  static constexpr int phase_count = sizeof(phase_names) / sizeof(phase_names[0]);
+  struct Phase {
+    enum { embed, norm, qkv, rope, attention, mix, output, gate_up, quantize, down, head, count };
+  };
+  static constexpr const char* phase_names[Phase::count] = {
+      "embed", "norm", "qkv", "rope", "attention", "mix", "output", "gate_up", "quantize", "down", "head"};
   std::vector<double> phase_seconds();
 
   const ModelShape shape;
@@ -107,6 +111,7 @@ class Model {
  private:
   struct Layer;
   struct Unit;
+  struct Plan;
   struct Run;
   struct Pages {
     uint8_t* data = nullptr;
@@ -114,11 +119,22 @@ class Model {
   };
 
   void check(const Step&) const;
-  void embed(const Ops&, int32_t token, int32_t position, float* x) const;
+  // The phases of a step, each by all threads together (step.cpp).
+  void execute(Run&);
   void blocks_of(Run&, Rank&);
+  void begin(Run&, Rank&);
+  void embed(const Ops&, int32_t token, int32_t position, float* x) const;
+  void project(Run&, Rank&, const Layer&);
+  void rotate_and_cache(Run&, Rank&, const Layer&, uint8_t* pages);
+  void attend(Run&, Rank&, const Layer&, const Plan&, uint8_t* pages);
+  void attend_unit(Run&, Rank&, const Layer&, const Unit&, uint8_t* pages);
+  void finish_unit(Run&, const Layer&, const Unit&, const float* partial) const;
+  void add(Run&, Rank&, const Weight&, const Floats& bias, const NormWeights&, const Input&, int preparing,
+           int multiplying);
+  void widen(Run&, Rank&, const Layer&);
+  void keep(Run&, Rank&);
   void sum(Run&, Rank&, float* rows);
   void finish(Run&, Rank&);
-  void execute(Run&);
   void execute_step(const Step&, const Options&, float* out);
   void release_pages();
 

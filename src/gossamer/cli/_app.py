@@ -39,6 +39,7 @@ from .soak import soak
 from .study import study_precision
 from .study_combine import study_combine
 from .study_rank import study_rank
+from .sweep import sweep
 
 
 class _Commands(TyperGroup):
@@ -96,6 +97,7 @@ app.command("bench serve")(bench_serve)
 app.command("study precision")(study_precision)
 app.command("study combine")(study_combine)
 app.command("study rank")(study_rank)
+app.command()(sweep)
 app.command()(soak)
 app.command()(report)
 app.command()(pull)

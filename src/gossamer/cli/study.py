@@ -70,7 +70,7 @@ def study_precision(
     from ..checkpoint import open_checkpoint
     from ..measure.plans import SpeedPlan
     from ..measure.records import check_writable
-    from ..search.study_precision import KV_CACHES, VARIANTS, PrecisionStudy, run_study
+    from ..search.study_precision import VARIANTS, PrecisionStudy, run_study
 
     study = PrecisionStudy(
         model=model,
@@ -78,21 +78,19 @@ def study_precision(
         folder=out,
         request=request_of(corpus, context, tokens, backend, activations, threads),
         speed=SpeedPlan(prompt_tokens, output_tokens, 1, repetitions, 1),
-        batches=tuple(_numbers(batch)),
+        batches=batches_of(batch, prompt_tokens, output_tokens, repetitions),
         formats=VARIANTS if formats is None else tuple(names_of(formats)),
         method=method,
         calibration=given_of(calibration, calibration_sequences, calibration_length, seed),
     )
-    for name in study.formats:  # what is wrong with a name, a method or a batch size is found before any work
-        if name not in KV_CACHES:
+    for name in study.formats:  # what is wrong with a name or a method is found before any work
+        if name not in study.kv_caches:
             study.recipe(name)
-    for size in study.batches:
-        SpeedPlan(prompt_tokens, output_tokens, size, repetitions, 1)
-    limit = None if max_size is None else _bytes(max_size)
+    limit = None if max_size is None else bytes_of(max_size)
     check_writable(study.records)
     with progress(quiet) as report:
         records = run_study(study, lambda recipe, folder, say: made_by(study, recipe, folder, say), report)
-    return _finish(study, records, limit, max_kld, json, quiet)
+    return finish(study, records, limit, max_kld, json, quiet)
 
 
 def request_of(
@@ -121,15 +119,17 @@ def given_of(source: str | None, sequences: int | None, length: int | None, seed
     return {key: value for key, value in text.items() if value is not None}
 
 
-def _finish(
+def finish(
     study: PrecisionStudy,
     records: Sequence[dict[str, Any]],
     max_bytes: int | None,
     max_kld: float | None,
     json: bool,
     quiet: bool,
+    noun: str = "format",
+    title: str = "Number formats, compared",
 ) -> int:
-    """Write table and plot beside the records, and say what follows from them."""
+    """Write table and plot beside the records, and say what follows from them. `noun` is what a row is of."""
     from dataclasses import asdict
 
     from ..report.export import write_text
@@ -137,21 +137,22 @@ def _finish(
     from ..report.study_plot import study_svg
 
     rows = study_rows(records)
-    said = recommendation(rows, max_bytes, max_kld)
-    write_text(study.folder / "study.svg", study_svg(rows))
-    write_text(study.folder / "study.md", study_markdown(rows, said, records))
+    said = recommendation(rows, max_bytes, max_kld, noun)
+    page, picture = (study.records.with_suffix(suffix) for suffix in (".md", ".svg"))
+    write_text(picture, study_svg(rows))
+    write_text(page, study_markdown(rows, said, records, noun, title, picture.name))
     if json:
         emit_json({"rows": [asdict(row) for row in rows], "recommendation": said})
     else:
-        _show(rows, said, protocol_sentences(records))
+        _show(rows, said, protocol_sentences(records), noun)
     if not quiet:
         from ._console import remark
 
-        remark(f"wrote study.md, study.svg and study.jsonl in {study.folder}")
+        remark(f"wrote {page.name}, {picture.name} and {study.records.name} in {study.folder}")
     return 1 if any(row.failed for row in rows) else 0
 
 
-def _show(rows: Sequence[StudyRow], said: Sequence[str], protocol: Sequence[str]) -> None:
+def _show(rows: Sequence[StudyRow], said: Sequence[str], protocol: Sequence[str], noun: str) -> None:
     from rich.console import Console
     from rich.text import Text
 
@@ -160,7 +161,7 @@ def _show(rows: Sequence[StudyRow], said: Sequence[str], protocol: Sequence[str]
     screen = Console(highlight=False, soft_wrap=True)
     if not screen.is_terminal:
         screen = Console(highlight=False, width=10_000)  # a file is not wrapped to a terminal that is not there
-    screen.print(make_table(*study_table(rows)))
+    screen.print(make_table(*study_table(rows, noun)))
     for sentence in protocol:
         screen.print(Text(sentence, style="dim"))
     for n, sentence in enumerate(said):
@@ -216,19 +217,24 @@ def make_artifact(channel: Channel, model: str, recipe: dict[str, Any], out: str
     return made_record(open_checkpoint(out), checked, result, dict.fromkeys(cost) if result.existed else cost)
 
 
-def _numbers(text: str) -> list[int]:
-    """Batch sizes out of "1,8,64"."""
+def batches_of(text: str, prompt_tokens: int, output_tokens: int, repetitions: int) -> tuple[int, ...]:
+    """Batch sizes out of "1,8,64". Raises UsageError, also for what cannot be timed."""
+    from ..measure.plans import SpeedPlan
+
     try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
+        sizes = tuple(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError as error:
         raise UsageError(f"--batch {text!r} is not a list of numbers", hint="such as --batch 1,8,64") from error
+    for size in sizes:
+        SpeedPlan(prompt_tokens, output_tokens, size, repetitions, 1)
+    return sizes
 
 
 def names_of(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
-def _bytes(text: str) -> int:
+def bytes_of(text: str) -> int:
     """Bytes out of "100MB", "0.5 GB" or a plain number. Raises UsageError."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if not found or found[2] not in UNITS:

@@ -142,10 +142,10 @@ def batches(rows: Sequence[StudyRow]) -> list[int]:
     return sorted({batch for row in rows for batch, _ in row.decode})
 
 
-def study_table(rows: Sequence[StudyRow]) -> tuple[list[str], list[list[str]]]:
-    """Titles and cells, as text: for a terminal or Markdown."""
+def study_table(rows: Sequence[StudyRow], noun: str = "format") -> tuple[list[str], list[list[str]]]:
+    """Titles and cells, as text: for a terminal or Markdown. `noun` is what a row is of."""
     sizes = batches(rows)
-    titles = ["format", "bits/weight", "MB", "KLD mean", "KLD p99", "perplexity", "top-1 same"]
+    titles = [noun, "bits/weight", "MB", "KLD mean", "KLD p99", "perplexity", "top-1 same"]
     titles += [f"decode t/s, batch {n}" for n in sizes] + [f"prefill t/s, batch {sizes[0]}"] * bool(sizes)
     titles += ["KV kB/token", "runs on", "made in s", "with MB"]
     return titles, [_cells(row, sizes) for row in rows]
@@ -173,8 +173,10 @@ def _cells(row: StudyRow, sizes: Sequence[int]) -> list[str]:
     ]
 
 
-def recommendation(rows: Sequence[StudyRow], max_bytes: int | None = None, max_kld: float | None = None) -> list[str]:
-    """What to take, and what the numbers say against the rest: sentences.
+def recommendation(
+    rows: Sequence[StudyRow], max_bytes: int | None = None, max_kld: float | None = None, noun: str = "format"
+) -> list[str]:
+    """What to take, and what the numbers say against the rest: sentences. `noun` is what a row is of.
 
     Bounds are the user's; without any, a KL divergence of USUAL_KLD. Of what keeps to a bound on divergence alone the
     smallest is taken, to a bound on size alone the closest, to both the fastest at the smallest batch.
@@ -182,15 +184,15 @@ def recommendation(rows: Sequence[StudyRow], max_bytes: int | None = None, max_k
     judged = [r for r in rows if not (r.baseline or r.kv_cache) and r.nbytes is not None and r.kld is not None]
     failures = [f"{row.name}: {error}" for row in rows for error in row.errors]
     if not judged:
-        return ["No format could be judged, so nothing can be recommended.", *_caches(rows), *failures]
+        return [f"No {noun} could be judged, so nothing can be recommended.", *_caches(rows), *failures]
     bound = USUAL_KLD if max_bytes is None and max_kld is None else max_kld
     within = [r for r in judged if _fits(r, max_bytes, bound)]
     bounds = _bounds(max_bytes, bound, usual=max_bytes is None and max_kld is None)
     if within:
         pick = _pick(within, max_bytes, max_kld)
-        said = [_taken(pick, rows, bounds, len(within), len(judged)), *_fastest(within, pick, rows)]
+        said = [_taken(pick, rows, f"{len(within)} of {len(judged)} {noun}s keep to {bounds}"), *_fastest(within, pick, rows)]
     else:
-        said = [_nearest_miss(judged, max_bytes, bound, bounds)]
+        said = [_nearest_miss(judged, max_bytes, f"None of {len(judged)} {noun}s keeps to {bounds}")]
     best = [judged[i] for i in front([(float(r.nbytes or 0), r.kld or 0.0) for r in judged], more_is_better=False)]
     said.append(f"No other is both smaller and closer than: {', '.join(r.name for r in best)}.")
     beaten = [_beaten(row, best) for row in judged if row not in best]
@@ -232,14 +234,14 @@ def _bounds(max_bytes: int | None, max_kld: float | None, usual: bool) -> str:
     return " and ".join(part for part in parts if part) + (" (the usual bound: none was given)" if usual else "")
 
 
-def _taken(pick: StudyRow, rows: Sequence[StudyRow], bounds: str, within: int, judged: int) -> str:
+def _taken(pick: StudyRow, rows: Sequence[StudyRow], kept: str) -> str:
     speeds = [f"{amount(v)} tokens/s at batch {n}{_against(rows, n, v)}" for n, v in pick.decode]
     return (
         f"Take {pick.name}: {megabytes(pick.nbytes or 0)} MB, {number(pick.bits or 0.0, 2)} bits per weight, "
         f"KL divergence {divergence(pick.kld or 0.0)}"
         + (f", perplexity {quality(pick.perplexity)}" if pick.perplexity is not None else "")
         + (f"; it decodes {', '.join(speeds)}" if speeds else "")
-        + f". {within} of {judged} formats keep to {bounds}."
+        + f". {kept}."
     )
 
 
@@ -263,7 +265,7 @@ def _fastest(within: Sequence[StudyRow], pick: StudyRow, rows: Sequence[StudyRow
     return [f"Within the same bounds, faster: {', '.join(said)}."] if said else []
 
 
-def _nearest_miss(judged: Sequence[StudyRow], max_bytes: int | None, max_kld: float | None, bounds: str) -> str:
+def _nearest_miss(judged: Sequence[StudyRow], max_bytes: int | None, missed: str) -> str:
     closest = min(
         (r for r in judged if max_bytes is None or (r.nbytes or 0) <= max_bytes),
         key=lambda r: r.kld or 0.0,
@@ -271,7 +273,7 @@ def _nearest_miss(judged: Sequence[StudyRow], max_bytes: int | None, max_kld: fl
     )
     near = closest or min(judged, key=lambda r: r.nbytes or 0)
     return (
-        f"None of {len(judged)} formats keeps to {bounds}. The nearest is {near.name}: "
+        f"{missed}. The nearest is {near.name}: "
         f"{megabytes(near.nbytes or 0)} MB, KL divergence {divergence(near.kld or 0.0)}."
     )
 
@@ -286,12 +288,19 @@ def _beaten(row: StudyRow, best: Sequence[StudyRow]) -> str:
     return f"{row.name} by {winner.name} ({size}, {apart})"
 
 
-def study_markdown(rows: Sequence[StudyRow], sentences: Sequence[str], values: Sequence[Mapping[str, Any]]) -> str:
-    """The whole study as a page, with the picture `study.svg` that lies beside it."""
-    titles, cells = study_table(rows)
+def study_markdown(
+    rows: Sequence[StudyRow],
+    sentences: Sequence[str],
+    values: Sequence[Mapping[str, Any]],
+    noun: str = "format",
+    title: str = "Number formats, compared",
+    picture: str = "study.svg",
+) -> str:
+    """The whole study as a page, with the picture that lies beside it."""
+    titles, cells = study_table(rows, noun)
     lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in cells]
-    parts = ["# Number formats, compared", *sentences[:1], "![size and speed against divergence](study.svg)"]
+    parts = [f"# {title}", *sentences[:1], f"![size and speed against divergence]({picture})"]
     parts += ["\n".join(lines), *sentences[1:], *protocol_sentences(values)]
     return "\n\n".join(parts) + "\n"
 

@@ -85,6 +85,11 @@ class PrecisionStudy:
         """The file of all records."""
         return self.folder / "study.jsonl"
 
+    @property
+    def kv_caches(self) -> Mapping[str, str]:
+        """Of `formats` those that are the model itself -> what its keys and values are stored as."""
+        return {name: KV_CACHES[name] for name in self.formats if name in KV_CACHES}
+
     def artifact(self, name: str) -> Path:
         """Where a variant's artifact is."""
         return self.folder / "models" / name
@@ -124,8 +129,8 @@ class _Run:
 
     def records(self) -> Iterator[Record]:
         models = {self.study.model: self.study.fingerprint}
-        made = [name for name in self.study.formats if name not in KV_CACHES]
-        caches = ["auto", *(KV_CACHES[name] for name in self.study.formats if name in KV_CACHES)]
+        made = [name for name in self.study.formats if name not in self.study.kv_caches]
+        caches = ["auto", *self.study.kv_caches.values()]
         for number, name in enumerate(made, start=1):
             self.where = f"{name}, {number} of {len(made)}"
             record = self._made(name)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gossamer.cli import main
-from gossamer.cli.study import _bytes
+from gossamer.cli.study import bytes_of
 from gossamer.errors import UsageError
 from tiny_llama import make_folder
 
@@ -107,9 +107,9 @@ def test_a_wrong_request_is_refused_before_any_work(
 def test_sizes(text: str, count: int | None) -> None:
     if count is None:
         with pytest.raises(UsageError):
-            _bytes(text)
+            bytes_of(text)
     else:
-        assert _bytes(text) == count
+        assert bytes_of(text) == count
 
 
 def test_a_study_of_pairs_ends_in_a_matrix_with_reasons_for_its_gaps(

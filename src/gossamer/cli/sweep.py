@@ -1,0 +1,73 @@
+"""`gossamer sweep`: recipes on one model, each made, judged and timed, in one table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ._console import progress
+from ._options import Activations, Backend, Json, Model, Quiet
+from .compress import read_recipe
+from .eval import Threads
+from .study import batches_of, bytes_of, finish, made_by, request_of
+
+
+def sweep(
+    model: Model,
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="Shipped names, YAML files, or folders to replay.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of records, artifacts, table and plot.")],
+    max_size: Annotated[
+        str | None, typer.Option("--max-size", help="Bound of the recommendation, such as 100MB.", metavar="SIZE")
+    ] = None,
+    max_kld: Annotated[
+        float | None, typer.Option("--max-kld", min=0, help="Bound of the recommendation on KL divergence.")
+    ] = None,
+    batch: Annotated[str, typer.Option("--batch", help="Prompts at once.", metavar="N[,N]")] = "1",
+    corpus: Annotated[
+        str, typer.Option("--corpus", help="default (Python's own docs), wikitext2, or a UTF-8 text file.")
+    ] = "default",
+    context: Annotated[int, typer.Option("--context", help="Tokens in a window that is judged.")] = 1024,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Use only so many tokens of the text.")] = 32768,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt that is timed.")] = 128,
+    output_tokens: Annotated[int, typer.Option("--output-tokens", help="Tokens to generate for each prompt.")] = 32,
+    repetitions: Annotated[int, typer.Option("--repetitions", help="Timed runs, of which the median counts.")] = 3,
+    backend: Backend = "auto",
+    activations: Activations = "auto",
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Every recipe on this model: bytes, speed, divergence, and which one to take.
+
+    Interrupted? The same command goes on: what is measured is not measured again. Exit code 1 if any recipe failed.
+
+    \b
+    gossamer sweep smollm2 recipes/*.yaml --out swept/
+    gossamer sweep smollm2 int8-rtn int4-gptq mine.yaml --out swept/ --max-size 100MB
+    """
+    from ..checkpoint import open_checkpoint
+    from ..measure.plans import SpeedPlan
+    from ..measure.records import check_writable
+    from ..search.study_precision import run_study
+    from ..search.sweep import Sweep, by_name
+
+    named = by_name([read_recipe(name) for name in recipes])
+    asked = Sweep(
+        model=model,
+        fingerprint=open_checkpoint(model).fingerprint(),
+        folder=out,
+        request=request_of(corpus, context, tokens, backend, activations, threads),
+        speed=SpeedPlan(prompt_tokens, output_tokens, 1, repetitions, 1),
+        batches=batches_of(batch, prompt_tokens, output_tokens, repetitions),
+        formats=tuple(named),
+        recipes=named,
+    )
+    limit = None if max_size is None else bytes_of(max_size)
+    check_writable(asked.records)
+    with progress(quiet) as report:
+        records = run_study(asked, lambda recipe, folder, say: made_by(asked, recipe, folder, say), report)
+    return finish(asked, records, limit, max_kld, json, quiet, noun="recipe", title="Recipes, compared")
