@@ -13,6 +13,18 @@ import typer
 from ..errors import UsageError
 from ._console import emit_json, progress
 from ._options import Activations, Backend, Json, Model, Quiet
+from ._study_options import (
+    BatchSizes,
+    Context,
+    Corpus,
+    Folder,
+    MaxKld,
+    MaxSize,
+    OutputTokens,
+    PromptTokens,
+    Repetitions,
+    Tokens,
+)
 from .compress import CalibrationText, Length, Seed, Sequences
 from .eval import Threads, make_table
 
@@ -28,28 +40,22 @@ UNITS = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2*
 
 def study_precision(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of records, artifacts, table and plot.")],
+    out: Folder,
     formats: Annotated[
         str | None, typer.Option("--formats", help="Only these (default: all).", metavar="NAME[,NAME]")
     ] = None,
     method: Annotated[
         str, typer.Option("--method", help="What makes the formats that name no method: gptq, rtn, ...")
     ] = "gptq",
-    max_size: Annotated[
-        str | None, typer.Option("--max-size", help="Bound of the recommendation, such as 100MB.", metavar="SIZE")
-    ] = None,
-    max_kld: Annotated[
-        float | None, typer.Option("--max-kld", min=0, help="Bound of the recommendation on KL divergence.")
-    ] = None,
-    batch: Annotated[str, typer.Option("--batch", help="Prompts at once.", metavar="N[,N]")] = "1,8,64",
-    corpus: Annotated[
-        str, typer.Option("--corpus", help="default (Python's own docs), wikitext2, or a UTF-8 text file.")
-    ] = "default",
-    context: Annotated[int, typer.Option("--context", help="Tokens in a window that is judged.")] = 1024,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Use only so many tokens of the text.")] = 32768,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt that is timed.")] = 128,
-    output_tokens: Annotated[int, typer.Option("--output-tokens", help="Tokens to generate for each prompt.")] = 32,
-    repetitions: Annotated[int, typer.Option("--repetitions", help="Timed runs, of which the median counts.")] = 3,
+    max_size: MaxSize = None,
+    max_kld: MaxKld = None,
+    batch: BatchSizes = "1,8,64",
+    corpus: Corpus = "default",
+    context: Context = 1024,
+    tokens: Tokens = 32768,
+    prompt_tokens: PromptTokens = 128,
+    output_tokens: OutputTokens = 32,
+    repetitions: Repetitions = 3,
     calibration: CalibrationText = None,
     calibration_sequences: Sequences = None,
     calibration_length: Length = None,

@@ -10,6 +10,7 @@ import typer
 
 from ._console import emit_json, progress, remark
 from ._options import Activations, Backend, Json, Model, Quiet
+from ._study_options import Context, Corpus, Tokens
 from .compress import CalibrationText, Length, Seed, Sequences
 from .eval import Threads, make_table
 from .study import given_of, made_by, names_of, request_of
@@ -24,11 +25,9 @@ def study_combine(
     stages: Annotated[
         str | None, typer.Option("--stages", help="Only these (default: all).", metavar="NAME[,NAME]")
     ] = None,
-    corpus: Annotated[
-        str, typer.Option("--corpus", help="default (Python's own docs), wikitext2, or a UTF-8 text file.")
-    ] = "default",
-    context: Annotated[int, typer.Option("--context", help="Tokens in a window that is judged.")] = 1024,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Use only so many tokens of the text.")] = 8192,
+    corpus: Corpus = "default",
+    context: Context = 1024,
+    tokens: Tokens = 8192,
     calibration: CalibrationText = None,
     calibration_sequences: Sequences = None,
     calibration_length: Length = None,

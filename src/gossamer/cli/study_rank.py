@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ._console import emit_json, progress, remark
 from ._options import Activations, Backend, Json, Model, Quiet
+from ._study_options import Context, Corpus, Folder, Tokens
 from .compress import CalibrationText, Length, Seed, Sequences
 from .eval import Threads, make_table
 from .study import given_of, made_by, names_of, request_of
@@ -20,16 +20,14 @@ if TYPE_CHECKING:
 
 def study_rank(
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of records, artifacts, table and plot.")],
+    out: Folder,
     ratios: Annotated[
         str, typer.Option("--ratios", help="Shares of the layers' parameters to keep.", metavar="SHARE[,SHARE]")
     ] = "0.9,0.8,0.7",
     method: Annotated[str, typer.Option("--method", help="What makes the factors: svd, asvd or svd-llm.")] = "svd-llm",
-    corpus: Annotated[
-        str, typer.Option("--corpus", help="default (Python's own docs), wikitext2, or a UTF-8 text file.")
-    ] = "default",
-    context: Annotated[int, typer.Option("--context", help="Tokens in a window that is judged.")] = 1024,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Use only so many tokens of the text.")] = 8192,
+    corpus: Corpus = "default",
+    context: Context = 1024,
+    tokens: Tokens = 8192,
     calibration: CalibrationText = None,
     calibration_sequences: Sequences = None,
     calibration_length: Length = None,

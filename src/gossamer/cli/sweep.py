@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ._console import progress
 from ._options import Activations, Backend, Json, Model, Quiet
+from ._study_options import (
+    BatchSizes,
+    Context,
+    Corpus,
+    Folder,
+    MaxKld,
+    MaxSize,
+    OutputTokens,
+    PromptTokens,
+    Repetitions,
+    Tokens,
+)
 from .compress import read_recipe
 from .eval import Threads
 from .study import batches_of, bytes_of, finish, made_by, request_of
@@ -19,22 +30,16 @@ def sweep(
     recipes: Annotated[
         list[str], typer.Argument(metavar="RECIPE...", help="Shipped names, YAML files, or folders to replay.")
     ],
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of records, artifacts, table and plot.")],
-    max_size: Annotated[
-        str | None, typer.Option("--max-size", help="Bound of the recommendation, such as 100MB.", metavar="SIZE")
-    ] = None,
-    max_kld: Annotated[
-        float | None, typer.Option("--max-kld", min=0, help="Bound of the recommendation on KL divergence.")
-    ] = None,
-    batch: Annotated[str, typer.Option("--batch", help="Prompts at once.", metavar="N[,N]")] = "1",
-    corpus: Annotated[
-        str, typer.Option("--corpus", help="default (Python's own docs), wikitext2, or a UTF-8 text file.")
-    ] = "default",
-    context: Annotated[int, typer.Option("--context", help="Tokens in a window that is judged.")] = 1024,
-    tokens: Annotated[int | None, typer.Option("--tokens", min=2, help="Use only so many tokens of the text.")] = 32768,
-    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", help="Tokens of each prompt that is timed.")] = 128,
-    output_tokens: Annotated[int, typer.Option("--output-tokens", help="Tokens to generate for each prompt.")] = 32,
-    repetitions: Annotated[int, typer.Option("--repetitions", help="Timed runs, of which the median counts.")] = 3,
+    out: Folder,
+    max_size: MaxSize = None,
+    max_kld: MaxKld = None,
+    batch: BatchSizes = "1",
+    corpus: Corpus = "default",
+    context: Context = 1024,
+    tokens: Tokens = 32768,
+    prompt_tokens: PromptTokens = 128,
+    output_tokens: OutputTokens = 32,
+    repetitions: Repetitions = 3,
     backend: Backend = "auto",
     activations: Activations = "auto",
     threads: Threads = None,
