@@ -190,7 +190,8 @@ def recommendation(
     bounds = _bounds(max_bytes, bound, usual=max_bytes is None and max_kld is None)
     if within:
         pick = _pick(within, max_bytes, max_kld)
-        said = [_taken(pick, rows, f"{len(within)} of {len(judged)} {noun}s keep to {bounds}"), *_fastest(within, pick, rows)]
+        kept = f"{len(within)} of {len(judged)} {noun}s keep to {bounds}"
+        said = [_taken(pick, rows, kept), *_fastest(within, pick, rows)]
     else:
         said = [_nearest_miss(judged, max_bytes, f"None of {len(judged)} {noun}s keeps to {bounds}")]
     best = [judged[i] for i in front([(float(r.nbytes or 0), r.kld or 0.0) for r in judged], more_is_better=False)]
