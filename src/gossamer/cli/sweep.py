@@ -28,7 +28,7 @@ from .study import batches_of, bytes_of, finish, made_by, request_of
 def sweep(
     model: Model,
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE...", help="Shipped names, YAML files, or artifacts, for their recipe.")
+        list[str], typer.Argument(metavar="RECIPE...", help="Shipped names, YAML files, or artifacts for their recipe.")
     ],
     out: Folder,
     max_size: MaxSize = None,
