@@ -57,8 +57,8 @@ class Row:
         return self.peer_load if side == "peer" and self.peer_load is not None else self.load
 
 
-MIXED = Load(requests=192, concurrency=64, prompts="272:240", outputs="136:120")
-"""Prompts of 32 to 512 tokens, answers of 16 to 256."""
+MIXED = Load(requests=128, concurrency=64, prompts="272:240", outputs="136:120", warmup=16)
+"""Prompts of 32 to 512 tokens, answers of 16 to 256: 52,000 tokens, which the slowest peer takes ten minutes for."""
 PREFIX = Load(requests=50, concurrency=1, prompts="32:16", outputs="16", prefix=1000, warmup=4)
 OWN_PREFIX = replace(PREFIX, shared=False)
 """The same work for a server that reuses nothing: no two prompts begin alike."""

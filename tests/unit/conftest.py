@@ -109,3 +109,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, its linear layers and its tied embedding packed as integers."""
     return write_model(tmp_path_factory.mktemp("tiny") / "packed", packed=True)
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measurements run in this process, which spares a start of Python for each."""
+    from inline_worker import InlineWorker
+
+    monkeypatch.setattr("gossamer.measure.run.Worker", InlineWorker)

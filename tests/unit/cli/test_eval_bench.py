@@ -83,6 +83,7 @@ def test_bench_gives_one_record_for_each_model_and_batch_size(
     assert Path(tiny).name in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("inline")
 def test_a_report_of_two_batch_sizes_has_both(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.jsonl"
     assert main(["bench", tiny, *BENCH, "--batch", "1,3", "--out", str(out), "--quiet"]) == 0
@@ -117,6 +118,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_any_work(
     assert "cannot be written" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("inline")
 def test_the_table_is_shown_though_a_record_could_not_be_written(
     tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
