@@ -13,8 +13,9 @@ READ = "read bandwidth"
 PREFILL = Request("prefill", batch=1, prompt=512, output=0, depth=0)
 DECODE = Request("decode", batch=1, prompt=1, output=128, depth=0)
 DEEP = replace(DECODE, depth=1024)
-BATCH_16 = Request("decode", batch=16, prompt=32, output=64, depth=0)
-BATCH_64 = Request("decode", batch=64, prompt=32, output=32, depth=0)
+BATCH_16 = Request("decode", batch=16, prompt=8, output=32, depth=0)
+BATCH_64 = Request("decode", batch=64, prompt=8, output=16, depth=0)
+"""Short, for a peer may be ten times slower."""
 
 
 @dataclass(frozen=True)

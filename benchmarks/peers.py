@@ -1,6 +1,6 @@
 """Peers, each in an environment of its own, made when first asked for.
 
-    python benchmarks/peers.py llama.cpp llama.cpp-avx2 llama-server openvino vllm transformers lm-eval
+    python benchmarks/peers.py llama.cpp llama.cpp-avx2 llama-server llama-cpp-python openvino vllm transformers lm-eval
     python benchmarks/peers.py llmcompressor gptqmodel auto-round
 
 They live below the cache (GOSSAMER_HOME/peers), never in the project, and are never a dependency of it. llama.cpp is
@@ -26,6 +26,7 @@ from gossamer.settings import cache_dir
 TORCH = "torch==2.13.0"
 """In every environment that needs torch, so that it is the same build that is measured everywhere."""
 LLAMA_CPP = "llama-cpp-python==0.3.36"
+LLAMA_CPP_PYTHON_REQUIRES = ("numpy", "typing-extensions", "diskcache", "jinja2")
 LLAMA_CPP_TOOLS = ("llama-bench", "llama-batched-bench", "llama-perplexity", "llama-quantize", "llama-imatrix")
 TRANSFORMERS = "transformers==5.24.0"
 LM_EVAL = "lm_eval[api]==0.4.13"
@@ -130,6 +131,19 @@ def _llama_cpp(*options: str, tools: tuple[str, ...] = LLAMA_CPP_TOOLS) -> Calla
     return make
 
 
+def _llama_cpp_python(folder: Path) -> None:
+    """llama.cpp's Python bindings over the libraries that its server was built with: nothing is compiled again."""
+    source = _llama_cpp_source().parents[1] / "llama_cpp"
+    built = folder_of("llama-server") / "build" / "bin"
+    pip = _environment(folder)
+    _run(folder, *pip, "install", *LLAMA_CPP_PYTHON_REQUIRES)
+    package = next(folder.glob("lib/python3*/site-packages")) / "llama_cpp"
+    shutil.copytree(source, package)
+    (package / "lib").mkdir(exist_ok=True)
+    for library in built.glob("lib*.so*"):
+        (package / "lib" / library.name).symlink_to(library)
+
+
 def _llama_cpp_source() -> Path:
     """The llama.cpp tree inside the sdist of llama-cpp-python."""
     folder = cache_dir("peers") / "llama.cpp-source"
@@ -176,6 +190,7 @@ PEERS: dict[str, Callable[[Path], None]] = {
     "llama-server": _llama_cpp(
         "-DGGML_NATIVE=ON", "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", tools=("llama-server",)
     ),
+    "llama-cpp-python": _llama_cpp_python,
     "llama.cpp-avx2": _llama_cpp("-DGGML_NATIVE=OFF", "-DGGML_AVX2=ON", "-DGGML_FMA=ON", "-DGGML_F16C=ON"),
     "lm-eval": _pip_packages(LM_EVAL, TRANSFORMERS),
 }

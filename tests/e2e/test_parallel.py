@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from gossamer.checkpoint import open_checkpoint
+from gossamer.cli import main
 from gossamer.engine import LLM, SamplingParams
 from gossamer.engine.backend import choose
 from gossamer.engine.sharded.launch import ShardedBackend, Watch
@@ -94,6 +97,28 @@ def test_a_rank_that_dies_or_stops_is_an_error_that_names_it_and_ends_the_others
     assert "rank 1 of 2" in caplog.text
     with pytest.raises(EngineError, match="rank 1"):
         lonely.reserve(4)
+
+
+def test_a_process_that_was_stopped_does_not_take_that_for_the_silence_of_its_ranks(lonely, monkeypatch):
+    """The ranks beat all the time; only the engine's own clock jumps, by an hour."""
+    jump, now = [0.0], time.monotonic
+    monkeypatch.setattr("gossamer.engine.sharded.launch.time", SimpleNamespace(monotonic=lambda: now() + jump[0]))
+    jump[0] = 3600.0
+    watch(lonely, 1.0)
+
+
+def test_eval_and_bench_over_ranks_measure_what_one_process_says(folder, capsys):
+    small = ["--context", "48", "--tokens", "200", "--samples", "0", "--json", "--quiet"]
+    assert main(["eval", str(folder), *small]) == 0
+    assert main(["eval", str(folder), *small, "--tp", "2"]) == 0
+    one, two = map(json.loads, capsys.readouterr().out.splitlines())
+    assert two["results"]["perplexity"] == pytest.approx(one["results"]["perplexity"], rel=1e-3)
+    assert (two["protocol"]["tp"], "tp" in one["protocol"]) == (2, False)
+    plan = ["--prompt-tokens", "16", "--output-tokens", "4", "--repetitions", "1", "--json", "--quiet"]
+    assert main(["bench", str(folder), *plan, "--tp", "2"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert results["decode_tokens_per_s"]["median"] > 0
+    assert results["rm_peak_bytes"] > 2 * results["bare_bytes"]  # each rank is a process with libraries of its own
 
 
 def test_a_rank_that_talks_nonsense_is_lost(folder, monkeypatch):

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import UsageError
 from ._console import progress, remark
-from ._options import Activations, Backend, Json, KVCache, Quiet, Weights
+from ._options import Activations, Backend, Json, KVCache, PipelineParallel, Quiet, TensorParallel, Weights
 from .eval import Models, Out, Threads, check_out, computed_by, exit_code, make_table, number, print_table, take
 
 Engines: TypeAlias = Annotated[
@@ -40,6 +40,8 @@ def bench(
     backend: Backend = "auto",
     activations: Activations = "auto",
     kv_cache: KVCache = "auto",
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
     threads: Threads = None,
     out: Out = None,
     json: Json = False,
@@ -64,11 +66,11 @@ def bench(
         for peer in absent(engines):
             remark(f"{peer.name} is not installed: {peer.install}")
     own = (weights, threads, backend, activations, kv_cache)
-    judged = [_judged(perplexity, context, own) if perplexity else None, *[None] * (len(plans) - 1)]  # once is enough
+    text = _judged(perplexity, context, (*own, tp, pp)) if perplexity else None
     with progress(quiet) as report:
         ran = (
-            bench_models(models, plan, report, *own, engines, text, api_key)
-            for plan, text in zip(plans, judged, strict=True)
+            bench_models(models, plan, report, *own, engines, text if i == 0 else None, api_key, tp, pp)
+            for i, plan in enumerate(plans)  # one text is judged once
         )
         records = take(chain.from_iterable(ran), out, json)
     if not json:
@@ -82,7 +84,7 @@ def _judged(tokens: int, context: int, own: tuple[Any, ...]) -> Any:
     from ..measure.plans import WindowPlan
     from ..measure.run import EvalRequest
 
-    weights, threads, backend, activations, kv_cache = own
+    weights, threads, backend, activations, kv_cache, tp, pp = own
     return EvalRequest(
         "default",
         load_corpus("default"),
@@ -94,6 +96,8 @@ def _judged(tokens: int, context: int, own: tuple[Any, ...]) -> Any:
         activations=activations,
         threads=threads,
         kv_cache=kv_cache,
+        tp=tp,
+        pp=pp,
     )
 
 

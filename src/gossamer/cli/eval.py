@@ -10,7 +10,7 @@ import typer
 
 from ..errors import GossamerError
 from ._console import console, emit_json, print_error, progress
-from ._options import Activations, Backend, Json, KVCache, Quiet, Weights
+from ._options import Activations, Backend, Json, KVCache, PipelineParallel, Quiet, TensorParallel, Weights
 
 Models: TypeAlias = Annotated[
     list[str], typer.Argument(metavar="MODEL...", help="Folders, .gguf files, hub ids or aliases (smollm2).")
@@ -41,6 +41,8 @@ def eval_(
     backend: Backend = "auto",
     activations: Activations = "auto",
     kv_cache: KVCache = "auto",
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
     engine: Engine = "gossamer",
     threads: Threads = None,
     out: Out = None,
@@ -70,6 +72,8 @@ def eval_(
         activations=activations,
         threads=threads,
         kv_cache=kv_cache,
+        tp=tp,
+        pp=pp,
     )
     with progress(quiet) as report:
         records = take(evaluate_models(models, request, report), out, json)

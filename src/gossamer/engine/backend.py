@@ -143,6 +143,11 @@ class Backend(abc.ABC):
         require_finite(logits)
         return logits.argmax(-1)
 
+    @property
+    def pids(self) -> list[int]:
+        """Other processes that hold parts of the model."""
+        return []
+
     def check_alive(self) -> None:  # noqa: B027 - most backends are one process, which is
         """Raise EngineError if it can compute nothing any more."""
 

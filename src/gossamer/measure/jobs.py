@@ -45,6 +45,8 @@ def evaluate_models(
     backend: BackendName = "auto",
     activations: Activations = "auto",
     kv_cache: str = "auto",
+    tp: int = 1,
+    pp: int = 1,
 ) -> list[dict[str, Any]]:
     """Judge models that share one tokenization (all of them the reference's, or a single model's own), side by side.
 
@@ -53,7 +55,7 @@ def evaluate_models(
     torch.set_num_threads(settings.threads())
     channel.fact("engine", _expected_engine(backend, weights))
     text, windows = _unchanged(corpus, corpus_sha256), WindowPlan(**plan)
-    load = partial(_load, channel, backend, weights)
+    load = partial(_load, channel, backend, weights, tp, pp)
     judge = _Judge(channel, text, windows, tokens, load, activations, kv_cache)
     try:
         anchor = None if reference is None else judge.load_reference(reference)
@@ -90,11 +92,13 @@ def bench_model(
     backend: BackendName = "auto",
     activations: Activations = "auto",
     kv_cache: str = "auto",
+    tp: int = 1,
+    pp: int = 1,
 ) -> Iterator[dict[str, Any] | None]:
     """Load a model, then one run for each value asked for (warm-up runs first), then the results as the last value.
 
     Memory is read in this order: `bare` with libraries and tokenizer but no weights; then after loading; the peak is
-    the process's own, import to end.
+    the process's own, import to end. Ranks (`tp`, `pp`) count too: with the weights that they hold, and their peaks.
     """
     shape = SpeedPlan(**plan)
     channel.fact("engine", _expected_engine(backend, weights))
@@ -110,8 +114,10 @@ def bench_model(
     del tokenizer  # the engine makes its own, in the place of this one
     began = time.perf_counter()
     progress = loading(channel, checkpoint)
-    llm = LLM(checkpoint, weights, backend=backend, activations=activations, kv_cache=kv_cache, progress=progress)
+    choice: dict[str, Any] = {"backend": backend, "activations": activations, "kv_cache": kv_cache, "tp": tp, "pp": pp}
+    llm = LLM(checkpoint, weights, progress=progress, **choice)
     channel.fact("engine", engine_facts(llm.backend))
+    elsewhere = llm.backend.weight_bytes if llm.backend.pids else 0
     load_s = opening + time.perf_counter() - began
     loaded = read_usage(settle=True).rss
     yield None
@@ -125,10 +131,10 @@ def bench_model(
     kv, source = speed.kv_bytes_per_token(llm, prompts, shape)
     yield {
         "wm_bytes": checkpoint.weight_bytes(),
-        "rm_weights_bytes": max(0, loaded - bare),
+        "rm_weights_bytes": max(0, loaded - bare) + elsewhere,
         "rm_kv_bytes_per_token": kv,
         "rm_kv_source": source,
-        "rm_peak_bytes": peak_rss(),
+        "rm_peak_bytes": peak_rss(llm.backend.pids),
         "rm_reserved_bytes": reserved,
         "bare_bytes": bare,
         **rates(timings, shape),
@@ -185,12 +191,14 @@ def _load(
     channel: Channel,
     backend: BackendName,
     weights: Weights,
+    tp: int,
+    pp: int,
     checkpoint: Checkpoint,
     activations: Activations,
     kv_cache: str,
 ) -> Backend:
     """A checkpoint in a backend. Raises as choose does."""
-    return choose(checkpoint, backend, weights, activations, kv_cache, loading(channel, checkpoint))
+    return choose(checkpoint, backend, weights, activations, kv_cache, loading(channel, checkpoint), tp, pp)
 
 
 def engine_facts(backend: Backend) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import gc
 import re
 import resource
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,14 +38,22 @@ def read_usage(settle: bool = False) -> Usage:
     return Usage(rss=int(fields["Rss"]) * 1024, pss=int(fields["Pss"]) * 1024)
 
 
-def peak_rss() -> int:
-    """Bytes of the highest RSS that this process ever had."""
+def peak_rss(others: Iterable[int] = ()) -> int:
+    """Bytes of the highest RSS that this process ever had, and of those that each of some others had."""
+    return _peak("self") + sum(_peak(str(pid)) for pid in others)
+
+
+def _peak(pid: str) -> int:
     try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
     except OSError:
         found = None
     if found:
         return int(found[1]) * 1024
+    if pid != "self":
+        import psutil
+
+        return int(psutil.Process(int(pid)).memory_info().rss)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -42,6 +42,9 @@ class EvalRequest:
     threads: int | None = None
     kv_cache: str = "auto"
     """What the models' keys and values are stored as; the reference's are stored as its backend does by itself."""
+    tp: int = 1
+    pp: int = 1
+    """Processes that share every layer, and stages of layers: of the models and of the reference."""
 
 
 def check_engine(name: str) -> None:
@@ -99,6 +102,8 @@ def _evaluate_together(
             "backend": request.backend,
             "activations": request.activations,
             "kv_cache": request.kv_cache,
+            "tp": request.tp,
+            "pp": request.pp,
         },
         request.threads,
     )
@@ -125,13 +130,14 @@ def _eval_protocol(request: EvalRequest, facts: dict[str, Any]) -> dict[str, Any
         "backend": request.backend,
         "activations": request.activations,
         "threads": _threads(request.threads),
-        **_if_chosen(request.kv_cache),
+        **_if_chosen(request.kv_cache, request.tp, request.pp),
     }
 
 
-def _if_chosen(kv_cache: str) -> dict[str, str]:
-    """A protocol's entry for the KV cache: absent where the backend chose, as in records older than the choice."""
-    return {} if kv_cache == "auto" else {"kv_cache": kv_cache}
+def _if_chosen(kv_cache: str, tp: int = 1, pp: int = 1) -> dict[str, Any]:
+    """A protocol's entries for what was chosen: absent otherwise, as in records that are older than the choice."""
+    chosen = {"kv_cache": (kv_cache, "auto"), "tp": (tp, 1), "pp": (pp, 1)}
+    return {name: value for name, (value, usual) in chosen.items() if value != usual}
 
 
 def bench_models(
@@ -146,12 +152,15 @@ def bench_models(
     engines: Sequence[str] = (OURS,),
     judged: EvalRequest | None = None,
     api_key: str | None = None,
+    tp: int = 1,
+    pp: int = 1,
 ) -> Iterator[Record]:
     """One bench record for each model and engine, in order: loaded one after another, then run in turns.
 
-    With `judged` an eval record follows for each, of the text that it names; `api_key` is for servers.
+    With `judged` an eval record follows for each, of the text that it names; `api_key` is for servers; `tp` and `pp`
+    for our own engine.
     """
-    asked = {"weights": weights, "backend": backend, "activations": activations, **_if_chosen(kv_cache)}
+    asked = {"weights": weights, "backend": backend, "activations": activations, **_if_chosen(kv_cache, tp, pp)}
     protocol = {**asdict(plan), **asked, "threads": _threads(threads)}
     text = None if judged is None else _text_of(judged)
     for racer in _race(enter(models, engines, plan, progress, threads, asked, text, api_key), plan, progress):

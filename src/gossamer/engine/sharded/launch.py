@@ -259,9 +259,13 @@ class _Ranks:
                 self._inbox.put((rank, message))
 
     def _watch(self) -> None:
-        """Lose a rank that is silent."""
+        """Lose a rank that is silent. Where this process itself was stopped, it heard nobody: silence begins anew."""
+        looked = time.monotonic()
         while not self._ended.wait(0.2):
             now = time.monotonic()
+            if now - looked > self.watch.silence / 2:
+                self._heard = [now] * len(self._heard)
+            looked = now
             for rank, heard in enumerate(self._heard):
                 if now - heard > self._patience:
                     self._lose(rank, f"has been silent for {now - heard:.0f} s")

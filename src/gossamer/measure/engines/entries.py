@@ -103,7 +103,7 @@ def enter(
     plan: SpeedPlan,
     progress: Progress,
     threads: int | None,
-    asked: Mapping[str, str],
+    asked: Mapping[str, Any],
     judged: Mapping[str, Any] | None = None,
     api_key: str | None = None,
 ) -> list[Entry]:
