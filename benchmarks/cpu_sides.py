@@ -21,7 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import psutil
 
-from bandwidth import bytes_per_second, huge_array
+from gossamer.kernels.limits import bytes_per_second, huge_array
 from gossamer.settings import cache_dir
 from peers import LLAMA_CPP, llama_cpp_tool
 from worker_loop import Request

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bandwidth import huge_array
 from gossamer.engine.backend import BLOCK_SIZE
 from gossamer.kernels import cpu
+from gossamer.kernels.limits import huge_array
 from gossamer.settings import threads as default_threads
 from micro_linear import cycle, rate, timings
 

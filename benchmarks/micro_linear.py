@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from bandwidth import huge_array
 from gossamer.kernels import cpu
+from gossamer.kernels.limits import huge_array
 from gossamer.settings import threads as default_threads
 
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (49152, 576), (2048, 2048))
