@@ -1,21 +1,24 @@
-"""`gossamer plan`: will it fit, before any work."""
+"""`gossamer plan`: will it fit, and how fast can it be, before any work."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ._console import emit_json, remark
 from ._options import Json, Model, PipelineParallel, Quiet, TensorParallel
+from ._plan_speed import LINK_GBPS, LINK_LATENCY_US, Machines, speed
 from .compress import CalibrationText, Length, RecipeOption, Sequences, calibration_of, read_recipe, with_overrides
 
 if TYPE_CHECKING:
     import torch
 
     from ..compress.plan import Plan as Planned
+    from ..formats import Format
     from ..model import ModelConfig
+    from ..parallel import Plan as Cut
 
 
 def plan(
@@ -28,20 +31,46 @@ def plan(
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context to plan the cache for.")] = 2048,
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
+    nodes: Annotated[int, typer.Option("--nodes", min=1, help="Machines that hold as many ranks each.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences that decode together, beside one.")] = 16,
+    link_gbps: Annotated[
+        float | None,
+        typer.Option("--link-gbps", help=f"Gbit/s between two machines (default: {LINK_GBPS:g})."),
+    ] = None,
+    link_latency_us: Annotated[
+        float | None,
+        typer.Option(
+            "--link-latency-us", help=f"Microseconds of a message between them (default: {LINK_LATENCY_US:g})."
+        ),
+    ] = None,
+    memory_gbps: Annotated[
+        float | None,
+        typer.Option("--memory-gbps", help="GB (10^9 bytes) that a machine reads in a second (default: this one's)."),
+    ] = None,
+    compute_gmacs: Annotated[
+        float | None,
+        typer.Option("--compute-gmacs", help="10^9 products of a machine in a second (default: this one's)."),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a recipe will make of a model and what that takes; exit code 1 if it does not fit.
+    """Say what a recipe will make of a model, what that takes, and how fast it can decode; exit 1 if it does not fit.
+
+    Speeds are bounds: what bandwidth, products and links allow, for one sequence and for --batch of them.
 
     \b
     gossamer plan smollm2 --recipe int4-gptq
-    gossamer plan smollm2 --recipe int4-gptq --tp 2
+    gossamer plan smollm2 --recipe int4-gptq --tp 4 --nodes 4 --link-gbps 25 --link-latency-us 20
     """
     from ..checkpoint import open_checkpoint
     from ..checkpoint.memory import available_memory
     from ..compress.pipeline import Later, transformed
     from ..compress.plan import RUN_BYTES, check_fit, free_disk, make_plan
+    from ..parallel import make_plan as cut_in
+    from ..parallel.roofline import place
 
+    machines = Machines(nodes, link_gbps, link_latency_us, memory_gbps, compute_gmacs)
+    place(tp * pp, nodes)  # which refuses what does not come out even, before anything is read
     checkpoint = open_checkpoint(model)
     recipe_ = with_overrides(read_recipe(recipe), calibration, calibration_sequences, calibration_length, None)
     text = calibration_of(recipe, recipe_, checkpoint, lambda label, done, total: None, quiet)
@@ -69,8 +98,11 @@ def plan(
         "memory_available_bytes": memory,
         "disk_available_bytes": disk,
     }
-    if (tp, pp) != (1, 1):
-        row |= _ranks(planned, source.config, source.dtype, tp, pp)
+    forms = _formats(planned, source.config, source.dtype)
+    cut = None if (tp, pp) == (1, 1) else cut_in(source.config, forms, tp, pp)
+    if cut is not None:
+        row |= _ranks(cut, forms)
+    row |= speed(source.config, forms, cut, machines, batch, context)
     if json:
         emit_json(row)
     else:
@@ -80,17 +112,19 @@ def plan(
         remark("the result would not run in the memory that is free now: take fewer bits or a shorter --context")
 
 
-def _ranks(planned: Planned, config: ModelConfig, dtype: torch.dtype, tp: int, pp: int) -> dict[str, object]:
-    """What each rank of the result will hold, and hand to others. Raises EngineError for a model that cannot be cut."""
+def _formats(planned: Planned, config: ModelConfig, dtype: torch.dtype) -> dict[str, Format]:
+    """How each tensor of the result is stored."""
     from ..formats import Dense
     from ..model.families import tensor_names
-    from ..parallel import make_plan
 
-    forms = {name: planned.formats.get(name.removesuffix(".weight"), Dense(dtype)) for name in tensor_names(config)}
-    cut = make_plan(config, forms, tp, pp)
+    return {name: planned.formats.get(name.removesuffix(".weight"), Dense(dtype)) for name in tensor_names(config)}
+
+
+def _ranks(cut: Cut, forms: dict[str, Format]) -> dict[str, object]:
+    """What each rank of the result will hold, and hand to others."""
     return {
-        "tp": tp,
-        "pp": pp,
+        "tp": cut.tp,
+        "pp": cut.pp,
         "rank_weight_bytes": cut.weight_bytes(forms),
         "rank_kv_bytes_per_token": [4 * share.rank_config.kv_elements_per_token() for share in cut.shares],
         "wire_bytes_per_token": cut.wire_bytes_per_token(),
@@ -127,4 +161,25 @@ def _print(row: dict[str, object]) -> None:
         )
     if weights:
         table.add_row("between ranks", f"{int(str(row['wire_bytes_per_token'])) / 1e3:,.1f} kB for each token and rank")
+    for name, text in _speed_rows(row):
+        table.add_row(name, text)
     Console(highlight=False, markup=False).print(table)
+
+
+def _speed_rows(row: dict[str, Any]) -> list[tuple[str, str]]:
+    """The machines that speeds are of, and the speeds."""
+    each = f"{row['memory_gbytes_per_s']:,.1f} GB/s of memory, {row['compute_gmacs']:,.0f} * 10^9 products/s"
+    rows = [("a machine", each)]
+    if row["nodes"] > 1:
+        link = f"{row['link_gbits_per_s']:g} Gbit/s, {row['link_latency_us']:g} us for each message"
+        rows.append((f"{row['nodes']} machines", link))
+    for step in row["steps"]:
+        waits = 1e3 * (step["link_latency_s"] + step["link_transfer_s"])
+        rows.append(
+            (
+                f"{step['batch']} at a time" if step["batch"] > 1 else "one at a time",
+                f"at most {step['tokens_per_s']:,.1f} tokens/s: a step of {1e3 * step['step_s']:,.2f} ms, "
+                f"{waits:,.2f} of it between ranks; most of it is {step['bottleneck']}",
+            )
+        )
+    return rows

@@ -19,6 +19,7 @@ from ..formats import Format
 from ..formats.cut import Spans, cut_unit
 from ..model.config import LayerConfig, ModelConfig
 from ..model.families import FAMILIES, norm_parts, tensor_names
+from .roofline import Stage, Work
 
 Span: TypeAlias = tuple[int, int]
 """First, and one past the last."""
@@ -116,6 +117,11 @@ class Share:
                 found[head] = Cut(embed if self.config.tie_embeddings else head, vocab)
         return found
 
+    def tensor_bytes(self, forms: Mapping[str, Format]) -> dict[str, int]:
+        """Bytes of each tensor of this rank; `forms`: of every tensor of the model."""
+        shapes = tensor_names(self.rank_config)
+        return {name: forms[cut.source].nbytes(shapes[name]) for name, cut in self.cuts().items()}
+
     def _layer_cuts(self, index: int, share: LayerShare) -> Iterator[tuple[str, Cut]]:
         family, layer = FAMILIES[self.config.family], self.config.layers[self.first_layer + index]
         spans = _spans(share, layer.head_dim)
@@ -144,11 +150,7 @@ class Plan:
 
     def weight_bytes(self, forms: Mapping[str, Format]) -> list[int]:
         """Bytes of weights that each rank holds; `forms`: of every tensor of the model."""
-        found = []
-        for share in self.shares:
-            shapes = tensor_names(share.rank_config)
-            found.append(sum(forms[cut.source].nbytes(shapes[name]) for name, cut in share.cuts().items()))
-        return found
+        return [sum(share.tensor_bytes(forms).values()) for share in self.shares]
 
     def wire_bytes_per_token(self) -> int:
         """Bytes that each rank hands to others for one token: partial sums of a stage's ring, and hidden states."""
@@ -157,6 +159,27 @@ class Plan:
         reductions = 2 * most + 1  # of attention and feed-forward network, and of the embedding
         ring = 2 * (self.tp - 1) / self.tp
         return int(reductions * hidden * ring) + hidden * (self.pp > 1)
+
+    def stages(self, forms: Mapping[str, Format], kv_element_bytes: int) -> tuple[Stage, ...]:
+        """What a step asks of every rank, stage by stage."""
+        found = []
+        for stage in range(self.pp):
+            shares = self.shares[stage * self.tp : (stage + 1) * self.tp]
+            ranks = tuple(step_work(s.rank_config, s.tensor_bytes(forms), s.is_last, kv_element_bytes) for s in shares)
+            found.append(Stage(ranks, 2 * len(shares[0].layers) + shares[0].is_first))
+        return tuple(found)
+
+
+def step_work(config: ModelConfig, nbytes: Mapping[str, int], has_head: bool, kv_element_bytes: int) -> Work:
+    """What a step reads and multiplies of a model, or of a rank's part of one; `nbytes`: of each of its tensors."""
+    looked_up = 0 if config.tie_embeddings else nbytes.get(f"{FAMILIES[config.family].embed}.weight", 0)
+    shapes = itertools.chain.from_iterable(c.linear_shapes(config.hidden_size).values() for c in config.layers)
+    return Work(
+        weight_bytes=sum(nbytes.values()) - looked_up,  # of an embedding that is no head, a row is read
+        kv_bytes=kv_element_bytes * config.kv_elements_per_token(),
+        macs=sum(map(math.prod, shapes)) + has_head * config.vocab_size * config.hidden_size,
+        context_macs=sum(2 * layer.num_heads * layer.head_dim for layer in config.layers),
+    )
 
 
 def make_plan(
