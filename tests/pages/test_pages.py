@@ -22,7 +22,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PAGES = (
     "README.md",
-    *(f"docs/howto/{name}.md" for name in ("compress", "engines", "export", "hub", "measure", "parallel")),
+    *(f"docs/howto/{name}.md" for name in ("compress", "engines", "export", "hub", "measure", "parallel", "simulate")),
 )
 SERVING = ("docs/howto/load.md", "docs/howto/playground.md", "docs/howto/serve.md")
 """Pages whose commands start a server on its own port: one after another."""

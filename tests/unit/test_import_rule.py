@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"formats", "checkpoint", "model"},
     "measure": {"engine", "checkpoint", "model"},
     "search": {"compress", "measure"},
+    "simulate": {"engine", "measure"},
     "report": set(),
     "__init__": {"checkpoint", "engine"},
     "__main__": {"cli"},

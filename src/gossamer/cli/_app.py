@@ -35,6 +35,7 @@ from .report import report
 from .rm import rm
 from .run import run
 from .serve import serve
+from .simulate import simulate
 from .soak import soak
 from .study import study_precision
 from .study_combine import study_combine
@@ -89,6 +90,7 @@ app.command()(chat)
 app.command()(serve)
 app.command()(compress)
 app.command()(plan)
+app.command()(simulate)
 app.command()(convert)
 app.command()(export)
 app.command("eval")(eval_)

@@ -7,8 +7,7 @@ from itertools import pairwise
 import pytest
 
 from gossamer.errors import UnknownName, UsageError
-from gossamer.measure.load.plan import Length, LoadPlan, parse_goodput, parse_length
-from gossamer.measure.load.send import moments
+from gossamer.measure.load.plan import Length, LoadPlan, moments, parse_goodput, parse_length
 from gossamer.measure.load.stats import Answer, percentile, spread, summarize
 
 

@@ -87,6 +87,20 @@ class LoadPlan:
         }
 
 
+def draw_lengths(plan: LoadPlan) -> list[tuple[int, int]]:
+    """Tokens of each random prompt and of its answer."""
+    dice = random.Random(f"{plan.seed} lengths")
+    return [(plan.input_tokens.draw(dice), plan.output_tokens.draw(dice)) for _ in range(plan.requests)]
+
+
+def moments(rate: float, requests: int, seed: int) -> list[float]:
+    """When requests of a Poisson process start, in seconds since the first."""
+    dice, found = random.Random(f"{seed} arrivals"), [0.0]
+    while len(found) < requests:
+        found.append(found[-1] + dice.expovariate(rate))
+    return found
+
+
 def parse_length(text: str) -> Length:
     """A length out of "128" or "128:64". Raises UsageError."""
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from ...errors import UsageError
-from .plan import Endpoint, LoadPlan
+from .plan import Endpoint, LoadPlan, draw_lengths
 
 Count: TypeAlias = Callable[[str], Awaitable[int | None]]
 """Tokens that a server makes of a prompt; None where it does not tell."""
@@ -155,10 +155,8 @@ async def calibrate(count: Count, seed: int) -> Ruler:
 
 async def synthetic(plan: LoadPlan, ruler: Ruler, exact: Count | None = None) -> list[Ask]:
     """Random prompts and answer lengths; `exact`, which counts a whole prompt, corrects each prompt's length."""
-    dice = random.Random(f"{plan.seed} lengths")
-    lengths = [(plan.input_tokens.draw(dice), plan.output_tokens.draw(dice)) for _ in range(plan.requests)]
     asks = []
-    for i, (tokens, output) in enumerate(lengths):
+    for i, (tokens, output) in enumerate(draw_lengths(plan)):
         asks.append(Ask(await _sized(("prompt", plan.seed, i), tokens, ruler, exact), output))
     return asks
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from .answer import read_answer
-from .plan import LoadPlan
+from .plan import LoadPlan, moments
 from .prompts import Ask
 from .stats import Answer
 from .target import Target
@@ -102,11 +101,3 @@ class Sender:
     def _read(self) -> None:
         self.load.answers += map(read_answer, self._held)
         self._held, self._held_bytes = [], 0
-
-
-def moments(rate: float, requests: int, seed: int) -> list[float]:
-    """When requests of a Poisson process start, in seconds since the first."""
-    dice, found = random.Random(f"{seed} arrivals"), [0.0]
-    while len(found) < requests:
-        found.append(found[-1] + dice.expovariate(rate))
-    return found
