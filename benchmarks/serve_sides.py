@@ -72,10 +72,21 @@ def make(server: str) -> None:
 @contextlib.contextmanager
 def running(side: Side, variant: Variant, threads: int) -> Iterator[str]:
     """The URL of a server that answers, as long as this lasts. Raises Failed."""
+    port = free_port()
+    with answering(*launch(side, variant, port, threads), port, f"serve-{side.server}-{side.model}") as url:
+        yield url
+
+
+def free_port() -> int:
+    """A port of the loopback that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    command, environment = launch(side, variant, port, threads)
-    log = cache_dir("bench", "logs") / f"serve-{side.server}-{side.model}.log"
+        return int(listener.getsockname()[1])
+
+
+@contextlib.contextmanager
+def answering(command: list[str], environment: dict[str, str], port: int, name: str) -> Iterator[str]:
+    """The URL of a server that answers on this port, as long as this lasts; its log has this name. Raises Failed."""
+    log = cache_dir("bench", "logs") / f"{name}.log"
     with log.open("wb") as file:
         process = subprocess.Popen(
             command,

@@ -1,0 +1,271 @@
+"""The simulation beside the server: the same requests to both, throughput and latencies next to each other.
+
+    python benchmarks/bench_simulation.py [MODEL] [--rounds N] [--quick] [--write]
+
+Each round: a calibration load on a server that notes its steps, to which the cost of a step is fitted; then, on a fresh
+`gossamer serve MODEL` each, 16 clients and requests at random moments by `gossamer bench serve`, with lengths, moments
+and numbers that the calibration did not have. The same plans are simulated. A difference is simulated over measured,
+less one. Leave the machine alone meanwhile: what others took is in the table. The last line is one JSON object; --write
+writes docs/results/simulation.md. Exit code 1 if a request failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import serve_sides
+from bench_cpu import say
+from cpu_sides import Failed, Watch
+from gossamer.measure.load.plan import Length, LoadPlan
+from gossamer.measure.records import machine_block
+from gossamer.settings import threads
+from gossamer.simulate.cost import StepCost, StepWork, fit
+from gossamer.simulate.fleet import FleetOptions, simulate
+from gossamer.simulate.replica import ReplicaOptions
+from gossamer.simulate.trace import draw
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "results" / "simulation.md"
+WANTED = 0.15
+"""Largest difference of throughput and of a p99."""
+LOAD_SECONDS = 900.0
+BUSY = 0.6
+"""Share of what 16 clients get through that requests at random moments are sent at."""
+ALONE = LoadPlan(requests=12, concurrency=1, input_tokens=Length(160, 120), output_tokens=Length(24, 8), seed=101)
+MANY = LoadPlan(requests=72, concurrency=24, input_tokens=Length(160, 144), output_tokens=Length(40, 32), seed=102)
+CLOSED = LoadPlan(requests=96, concurrency=16, input_tokens=Length(128, 96), output_tokens=Length(64, 48))
+OPEN = LoadPlan(requests=96, rate=1.0, input_tokens=Length(128, 96), output_tokens=Length(64, 48))
+FIGURES = {
+    "requests/s": ("requests_per_s", None),
+    "output tokens/s": ("output_tokens_per_s", None),
+    "TTFT mean": ("ttft_s", "mean"),
+    "TTFT p99": ("ttft_s", "p99"),
+    "TPOT mean": ("tpot_s", "mean"),
+    "TPOT p99": ("tpot_s", "p99"),
+    "e2e mean": ("e2e_s", "mean"),
+    "e2e p99": ("e2e_s", "p99"),
+}
+JUDGED = ("output tokens/s", "TTFT p99", "TPOT p99", "e2e p99")
+"""What must be within WANTED."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a round learnt of the server."""
+
+    cost: StepCost
+    options: ReplicaOptions
+    foreign: float
+    """Cores that others took."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", default="smollm2")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="a few requests: does it work?")
+    parser.add_argument("--write", action="store_true", help=f"write docs/results/{PAGE.name}")
+    args = parser.parse_args()
+    if args.quick and args.write:
+        parser.error("--quick measures nothing that is worth a page")
+    rounds = [one_round(args.model, seed, args.quick) for seed in range(1, 2 if args.quick else args.rounds + 1)]
+    run = {
+        "benchmark": "bench_simulation",
+        "command": " ".join(["python benchmarks/bench_simulation.py", *sys.argv[1:]]),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine_block(),
+        "model": args.model,
+        "rounds": rounds,
+    }
+    text = page(run)
+    print(text)
+    if args.write:
+        PAGE.write_text(text)
+    print(json.dumps(run))
+    return 0
+
+
+def one_round(model: str, seed: int, quick: bool) -> dict[str, Any]:
+    """One calibration, and both loads measured and simulated. Raises Failed."""
+    calibration = calibrate(model, quick)
+    cost = calibration.cost
+    say(f"round {seed}: a step {cost.numbers()}, off by {cost.about['median_relative_error']:.1%} at the median")
+    closed = shortened(replace(CLOSED, seed=seed), quick)
+    found = {"16 clients": compared(model, closed, calibration)}
+    capacity = found["16 clients"]["simulated"]["requests_per_s"]
+    spread = replace(OPEN, seed=seed, rate=round(BUSY * capacity, 2))
+    found["random moments"] = compared(model, shortened(spread, quick), calibration)
+    return {
+        "cost": asdict(cost),
+        "options": asdict(calibration.options),
+        "foreign": calibration.foreign,
+        "loads": found,
+    }
+
+
+def shortened(plan: LoadPlan, quick: bool) -> LoadPlan:
+    return replace(plan, requests=24) if quick else plan
+
+
+def calibrate(model: str, quick: bool) -> Calibration:
+    """The cost of a step, and of a request besides its steps, from a server under loads of its own. Raises Failed."""
+    with tempfile.TemporaryDirectory(prefix="gossamer-simulation-") as folder:
+        file, port = Path(folder, "steps"), serve_sides.free_port()
+        command = [sys.executable, str(HERE / "simulation_server.py"), model, str(port), str(file)]
+        with serve_sides.answering(command, {"PYTHONPATH": str(HERE)}, port, "simulation-calibration") as url:
+            watch = Watch()
+            ask(url, replace(ALONE, requests=4, seed=100))  # whatever is slow the first time
+            began = len(file.read_text().splitlines())
+            alone = ask(url, ALONE)
+            ask(url, shortened(MANY, quick))
+            foreign = watch.foreign_cores()
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+    (blocks, batch_tokens, sequences), steps = lines[0], lines[began:]
+    options = ReplicaOptions(16 * blocks, batch_tokens, sequences)
+    cost = fit([(StepWork(*work), seconds) for seconds, *work in steps])
+    computed = simulated(ALONE, cost, options)["ttft_s"]["mean"]
+    return Calibration(
+        replace(cost, request_s=max(0.0, alone["ttft_s"]["mean"] - computed)), options, round(foreign, 2)
+    )
+
+
+def compared(model: str, plan: LoadPlan, calibration: Calibration) -> dict[str, Any]:
+    """One load on a fresh server, and the same in the simulation. Raises Failed."""
+    port = serve_sides.free_port()
+    command = [sys.executable, "-m", "gossamer", "serve", model, "--port", str(port), "--kv-memory", "2GiB", "--quiet"]
+    with serve_sides.answering(command, {}, port, "simulation") as url:
+        ask(url, replace(ALONE, requests=4))
+        watch = Watch()
+        measured = ask(url, plan)
+        foreign = watch.foreign_cores()
+    guessed = simulated(plan, calibration.cost, calibration.options)
+    differences = {name: round(figure(guessed, name) / figure(measured, name) - 1, 4) for name in FIGURES}
+    say("  " + ", ".join(f"{name} {difference:+.1%}" for name, difference in differences.items()))
+    return {
+        "load": plan.protocol() | {"input_tokens": str(plan.input_tokens)},
+        "measured": measured,
+        "simulated": guessed,
+        "differences": differences,
+        "foreign": round(foreign, 2),
+    }
+
+
+def figure(results: dict[str, Any], name: str) -> float:
+    """One of FIGURES."""
+    key, point = FIGURES[name]
+    return float(results[key] if point is None else results[key][point])
+
+
+def simulated(plan: LoadPlan, cost: StepCost, options: ReplicaOptions) -> dict[str, Any]:
+    """The summary of one replica under a plan."""
+    return simulate(draw(plan), cost, FleetOptions(1, replica=options), plan.concurrency).summary()
+
+
+def ask(url: str, plan: LoadPlan) -> dict[str, Any]:
+    """The results of `gossamer bench serve`, in a process of its own. Raises Failed, also if a request did."""
+    words: list[object] = ["--requests", plan.requests, "--seed", plan.seed, "--warmup", 0, "--ignore-eos"]
+    words += ["--input-tokens", plan.input_tokens, "--output-tokens", plan.output_tokens, "--endpoint", "completions"]
+    words += ["--concurrency", plan.concurrency] if plan.rate is None else ["--request-rate", plan.rate]
+    command = [sys.executable, "-m", "gossamer", "bench", "serve", url, *map(str, words), "--json", "--quiet"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=LOAD_SECONDS, check=False)
+        results: dict[str, Any] = json.loads(done.stdout)["results"]
+    except subprocess.TimeoutExpired as error:
+        raise Failed(f"a load took more than {LOAD_SECONDS:.0f} s") from error
+    except ValueError as error:
+        raise Failed((done.stderr.strip().splitlines() or ["the load gave no result"])[-1][:300]) from error
+    if results["failed"]:
+        raise Failed(f"{results['failed']} requests failed: {results['failures']}")
+    return results
+
+
+def page(run: dict[str, Any]) -> str:
+    """The whole of docs/results/simulation.md."""
+    machine, rounds = run["machine"], run["rounds"]
+    loads = list(rounds[0]["loads"])
+    parts = [
+        "# The simulation beside the server",
+        f"    {run['command']}",
+        f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {machine['os']}; {run['created'][:10]}. "
+        f"{threads()} threads; {len(rounds)} rounds. {run['model']}"
+        + (": its GGUF file was already 4-bit (Q4_1); held as bfloat16." if run["model"] == "smollm2" else "."),
+        "A round calibrates on a server of its own (other lengths, another seed, 1 and 24 clients), then measures and "
+        "simulates two loads: 16 clients, and requests at random moments at "
+        f"{BUSY:.0%} of what 16 clients get through. `gossamer serve` is started afresh for each. A difference is "
+        f"simulated over measured, less one; wanted: within {WANTED:.0%} for the figures in bold. p99 of "
+        f"{CLOSED.requests} requests is nearly the longest wait.",
+        *(table(rounds, load) for load in loads),
+        verdict(rounds),
+        "## The cost of a step",
+        cost_table(rounds),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(rounds: Sequence[dict[str, Any]], load: str) -> str:
+    """Measured beside simulated of one load, in Markdown; the last column is the median over the rounds."""
+    heads = [f"round {i + 1}: measured | simulated | difference" for i in range(len(rounds))]
+    lines = [f"### {load}", "", f"| | {' | '.join(heads)} | median difference |", "|---" * (3 * len(rounds) + 2) + "|"]
+    for name in FIGURES:
+        unit = 1.0 if name.endswith("/s") else 1000.0
+        cells = []
+        for found in (r["loads"][load] for r in rounds):
+            cells += [f"{unit * figure(found[side], name):,.1f}" for side in ("measured", "simulated")]
+            cells.append(f"{found['differences'][name]:+.1%}")
+        label = f"**{name}**" if name in JUDGED else name
+        lines.append(
+            f"| {label}{'' if unit == 1 else ', ms'} | {' | '.join(cells)} | {median_of(rounds, load, name):+.1%} |"
+        )
+    others = ", ".join(f"{r['loads'][load]['foreign']:.2f}" for r in rounds)
+    rates = {r["loads"][load]["load"]["request_rate"] for r in rounds} - {None}
+    sent = f"; {', '.join(f'{rate:g}' for rate in sorted(rates))} requests per second" if rates else ""
+    return "\n".join([*lines, "", f"Others took {others} cores{sent}."])
+
+
+def median_of(rounds: Sequence[dict[str, Any]], load: str, name: str) -> float:
+    return statistics.median(r["loads"][load]["differences"][name] for r in rounds)
+
+
+def verdict(rounds: Sequence[dict[str, Any]]) -> str:
+    """How many of the differences that matter are as small as wanted."""
+    every = [(load, name) for load in rounds[0]["loads"] for name in JUDGED]
+    single = [abs(r["loads"][load]["differences"][name]) <= WANTED for r in rounds for load, name in every]
+    missed = [f"{name} of {load}" for load, name in every if abs(median_of(rounds, load, name)) > WANTED]
+    return (
+        f"Within {WANTED:.0%}: {sum(single)} of {len(single)} single differences; of the medians over rounds, "
+        f"{len(every) - len(missed)} of {len(every)}{'; not ' + ', '.join(missed) if missed else ''}."
+    )
+
+
+def cost_table(rounds: Sequence[dict[str, Any]]) -> str:
+    """The fitted lines, in Markdown."""
+    lines = [
+        "| round | step, ms | prompt token, us | decoded token, us | context token, us | request, ms | steps "
+        "| median error of a step | others, cores |",
+        "|---" * 9 + "|",
+    ]
+    for i, found in enumerate(rounds):
+        cost, about = found["cost"], found["cost"]["about"]
+        lines.append(
+            f"| {i + 1} | {1e3 * cost['step_s']:.2f} | {1e6 * cost['prompt_token_s']:.0f} "
+            f"| {1e6 * cost['decode_token_s']:.0f} | {1e6 * cost['context_token_s']:.2f} "
+            f"| {1e3 * cost['request_s']:.1f} "
+            f"| {about['steps']} | {about['median_relative_error']:.1%} | {found['foreign']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    sys.exit(main())
