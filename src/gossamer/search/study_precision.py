@@ -10,19 +10,18 @@ inside: a variant is a recipe.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .. import settings
 from ..compress.recipe import Recipe, parse_recipe
 from ..errors import UnknownName
 from ..measure.plans import SpeedPlan
-from ..measure.records import Record, append_record
-from ..measure.run import EvalRequest, bench_models, evaluate_models
+from ..measure.records import Record
+from ..measure.run import EvalRequest
 from ..measure.worker import Progress
+from .work import Measurement, Work
 
 Make: TypeAlias = Callable[[Recipe, Path, Progress], Record]
 """Make an artifact by a recipe in this folder: its `compress` record, marked failed if it could not be made."""
@@ -32,7 +31,6 @@ FLOAT = "float"
 TOGETHER = 4
 """Models that are judged beside one reference, or timed in turns: more would take more memory than they save time."""
 ENDS = {"embedding": {"bits": 8, "group_size": "channel"}, "head": {"bits": 8, "group_size": "channel"}}
-MAX_LINE_BYTES = 16 << 20
 
 FORMATS: dict[str, dict[str, Any]] = {
     "int8": {"bits": 8, "group_size": "channel"},
@@ -124,139 +122,37 @@ class _Run:
 
     def __init__(self, study: PrecisionStudy, make: Make, progress: Progress) -> None:
         self.study, self.make, self.outer = study, make, progress
-        self.known = read_lines(study.records)
+        self.work = Work(study)
         self.where = ""
 
     def records(self) -> Iterator[Record]:
-        models = {self.study.model: self.study.fingerprint}
-        made = [name for name in self.study.formats if name not in self.study.kv_caches]
-        caches = ["auto", *self.study.kv_caches.values()]
-        for number, name in enumerate(made, start=1):
-            self.where = f"{name}, {number} of {len(made)}"
-            record = self._made(name)
-            if record["status"] == "ok":
-                models[str(self.study.artifact(name))] = record["model"]["fingerprint"]
-            yield record
-        itself = {self.study.model: self.study.fingerprint}
-        for cache in caches:
-            some = models if cache == "auto" else itself
-            yield from self._judged(some, cache)
-            for batch in self.study.batches:
-                yield from self._timed(some, batch, cache)
+        made: dict[str, Record] = {}
+        for number, name in enumerate(self.work.made, start=1):
+            self.where = f"{name}, {number} of {len(self.work.made)}"
+            made[name] = self._made(name)
+            yield made[name]
+        models = self.work.models(made)
+        for measurement in self.work.measurements:
+            yield from self._measured(measurement, measurement.among(models))
 
     def progress(self, label: str, done: int, total: int) -> None:
         """What a part of the work says of itself, with where the study is."""
         self.outer(f"{self.where}: {label}", done, total)
 
     def _made(self, name: str) -> Record:
-        recipe, out = self.study.recipe(name), self.study.artifact(name)
-        for record in reversed(self.known):
-            if _is_good(record, "compress") and out.is_dir() and self._made_alike(record, recipe, out):
-                return record
+        held = self.work.artifact(name)
+        if held is not None:
+            return held
         self.progress("making it", 0, 1)
-        return self._keep(self.make(recipe, out, self.progress))
+        return self.work.keep(self.make(self.study.recipe(name), self.study.artifact(name), self.progress))
 
-    def _made_alike(self, record: Record, recipe: Recipe, out: Path) -> bool:
-        wanted = {"path": str(out), "base_fingerprint": self.study.fingerprint}
-        made_by = (record.get("protocol") or {}).get("recipe")
-        return _says(record.get("model"), wanted) and _asked(made_by) == _asked(recipe.canonical())
-
-    def _judged(self, models: Mapping[str, str], kv_cache: str) -> Iterator[Record]:
-        request = replace(self.study.request, reference=self.study.model, kv_cache=kv_cache)
-        asked = {
-            "corpus_sha256": request.corpus.sha256,
-            **asdict(request.plan),
-            "reference_fingerprint": self.study.fingerprint,
-            **{key: getattr(request, key) for key in ("tokens", "samples", "weights", "backend", "activations")},
-            "kv_cache": None if kv_cache == "auto" else kv_cache,
-        }
-
-        def judge(some: Sequence[str]) -> Iterator[Record]:
-            return evaluate_models(some, request, self.progress)
-
-        yield from self._measured(f"eval{_with(kv_cache)}", models, asked, judge)
-
-    def _timed(self, models: Mapping[str, str], batch: int, kv_cache: str) -> Iterator[Record]:
-        request, plan = self.study.request, replace(self.study.speed, batch=batch)
-        asked = {**asdict(plan), **{key: getattr(request, key) for key in ("weights", "backend", "activations")}}
-        asked["kv_cache"] = None if kv_cache == "auto" else kv_cache
-
-        def bench(some: Sequence[str]) -> Iterator[Record]:
-            how = request.weights, request.threads, request.backend, request.activations, kv_cache
-            return bench_models(some, plan, self.progress, *how)
-
-        yield from self._measured(f"bench at batch {batch}{_with(kv_cache)}", models, asked, bench)
-
-    def _measured(
-        self,
-        what: str,
-        models: Mapping[str, str],
-        asked: Mapping[str, Any],
-        measure: Callable[[Sequence[str]], Iterable[Record]],
-    ) -> Iterator[Record]:
+    def _measured(self, measurement: Measurement, models: Mapping[str, str]) -> Iterator[Record]:
         """A record for each model: the one that the file holds, or a new one, a few models at a time."""
-        threads = settings.threads() if self.study.request.threads is None else self.study.request.threads
-        protocol = {**asked, "threads": threads}
-        found = {model: self._known(what.split()[0], known, protocol) for model, known in models.items()}
+        found = {model: self.work.measured(measurement, known) for model, known in models.items()}
         missing = [model for model, record in found.items() if record is None]
         for start in range(0, len(missing), TOGETHER):
             some = missing[start : start + TOGETHER]
-            self.where = f"{what}, {start + len(models) - len(missing) + 1} of {len(models)}"
-            for model, record in zip(some, measure(some), strict=True):
-                found[model] = self._keep(record)
+            self.where = f"{measurement.what}, {start + len(models) - len(missing) + 1} of {len(models)}"
+            for model, record in zip(some, measurement.run(some, self.progress), strict=True):
+                found[model] = self.work.keep(record)
         yield from (record for record in found.values() if record is not None)
-
-    def _known(self, kind: str, fingerprint: str, protocol: Mapping[str, Any]) -> Record | None:
-        """The newest good record that the file holds of this model by this protocol."""
-        for record in reversed(self.known):
-            same_model = _says(record.get("model"), {"fingerprint": fingerprint})
-            if _is_good(record, kind) and same_model and _says(record.get("protocol"), protocol):
-                return record
-        return None
-
-    def _keep(self, record: Record) -> Record:
-        append_record(self.study.records, record)
-        return record
-
-
-def _with(kv_cache: str) -> str:
-    return "" if kv_cache == "auto" else f" with keys and values in {kv_cache}"
-
-
-def _is_good(record: Record, kind: str) -> bool:
-    return (record.get("kind"), record.get("status")) == (kind, "ok")
-
-
-def _says(part: Any, wanted: Mapping[str, Any]) -> bool:
-    """True if a part of a record has all these values."""
-    return isinstance(part, dict) and all(part.get(key) == value for key, value in wanted.items())
-
-
-def _asked(recipe: Any) -> Any:
-    """A recipe as it was before a budget was spent, or ranks were allocated."""
-    plain = json.loads(json.dumps(recipe))
-    for stage in plain["stages"] if isinstance(plain, dict) else []:
-        budget = stage.get("budget")
-        if stage.get("allocate"):
-            stage["layers"], stage["settled"] = {}, False
-        if budget:
-            stage["layers"], budget["settled"] = {}, False
-            if budget["embedding"]:
-                stage["embedding"] = stage["head"] = None
-    return plain
-
-
-def read_lines(path: Path) -> list[Record]:
-    """The records of a file, none if there is no file. A line that is no record is passed over: it proves nothing."""
-    if not path.is_file():
-        return []
-    found = []
-    with path.open("rb") as file:
-        while line := file.readline(MAX_LINE_BYTES):
-            try:
-                record = json.loads(line)
-            except ValueError:  # cut off by a kill
-                continue
-            if isinstance(record, dict):
-                found.append(record)
-    return found

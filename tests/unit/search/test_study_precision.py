@@ -15,8 +15,9 @@ from gossamer.measure.corpus import load_corpus
 from gossamer.measure.plans import SpeedPlan, WindowPlan
 from gossamer.measure.records import append_record, make_record, unknown_model_block
 from gossamer.measure.run import EvalRequest
-from gossamer.search import study_precision
-from gossamer.search.study_precision import FORMATS, PrecisionStudy, read_lines, run_study, variant_recipe
+from gossamer.search import study_precision, work
+from gossamer.search.study_precision import FORMATS, PrecisionStudy, run_study, variant_recipe
+from gossamer.search.work import read_lines
 
 MODEL = "the-model"
 
@@ -73,8 +74,8 @@ class Measured:
 def measured(monkeypatch: pytest.MonkeyPatch) -> Measured:
     stand_in = Measured()
     monkeypatch.setenv("GOSSAMER_THREADS", "1")
-    monkeypatch.setattr(study_precision, "evaluate_models", stand_in.evaluate)
-    monkeypatch.setattr(study_precision, "bench_models", stand_in.bench)
+    monkeypatch.setattr(work, "evaluate_models", stand_in.evaluate)
+    monkeypatch.setattr(work, "bench_models", stand_in.bench)
     return stand_in
 
 

@@ -10,8 +10,8 @@ from gossamer.errors import RecipeError, UsageError
 from gossamer.measure.corpus import load_corpus
 from gossamer.measure.plans import SpeedPlan, WindowPlan
 from gossamer.measure.run import EvalRequest
-from gossamer.search.study_precision import _asked
 from gossamer.search.study_rank import RankStudy, variants
+from gossamer.search.work import _asked
 
 
 def study(tmp_path: Path, method: str = "svd-llm") -> RankStudy:
