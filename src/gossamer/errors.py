@@ -20,6 +20,7 @@ GossamerError                 exit code 1
 ├── DoesNotFit                memory or disk, with the numbers and the way out
 ├── KernelError               a shape, stride or dtype that a kernel does not take
 ├── EngineError               a generation request that cannot be served
+├── ClusterError              a Ray cluster: no Ray, none there, or none that can do what is asked
 └── MeasureError              a measurement that would not mean what it says
     ├── EngineMissing         another engine that is not installed
     └── Contaminated          judged on the text that calibrated or trained it
@@ -126,6 +127,10 @@ class KernelError(GossamerError):
 
 
 class EngineError(GossamerError):
+    pass
+
+
+class ClusterError(GossamerError):
     pass
 
 

@@ -22,10 +22,11 @@ ALLOWED: dict[str, set[str]] = {
     "compress": {"model", "formats", "checkpoint"},
     "parallel": {"formats", "model"},
     "engine": {"checkpoint", "model", "parallel", "formats", "kernels"},
-    "serve": {"engine", "checkpoint"},
+    "cluster": set(),
+    "serve": {"engine", "checkpoint", "cluster"},
     "export": {"formats", "checkpoint", "model"},
     "measure": {"engine", "checkpoint", "model"},
-    "search": {"compress", "measure"},
+    "search": {"compress", "measure", "cluster"},
     "simulate": {"engine", "measure"},
     "report": set(),
     "__init__": {"checkpoint", "engine"},
@@ -34,7 +35,7 @@ ALLOWED: dict[str, set[str]] = {
 """Folder or top-level module -> what it may import besides itself, errors and settings. `cli` may import anything."""
 
 EVERYWHERE = {"errors", "settings"}
-HEAVY = {"torch", "transformers", "plotly", "jinja2", "gguf", "rich", "numpy", "compressed_tensors"}
+HEAVY = {"torch", "transformers", "plotly", "jinja2", "gguf", "rich", "numpy", "compressed_tensors", "ray"}
 
 
 def imported(source: str, package: str) -> Iterator[tuple[int, str]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,9 @@ from .study import study_precision
 from .study_combine import study_combine
 from .study_rank import study_rank
 from .sweep import sweep
+
+CLUSTER_ADDRESS = re.compile(r"auto|local|[^\s/]+:\d+")
+"""What may stand behind `--ray`; anything else there is the next argument."""
 
 
 class _Commands(TyperGroup):
@@ -113,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     if _take_debug(args):
         os.environ["GOSSAMER_DEBUG"] = "1"
+    _take_any_cluster(args)
     args = args or ["--help"]
     _let_threads_sleep()
     try:
@@ -153,6 +158,14 @@ def _take_debug(args: list[str]) -> bool:
     wanted = "--debug" in args[:end]
     args[:end] = [a for a in args[:end] if a != "--debug"]
     return wanted
+
+
+def _take_any_cluster(args: list[str]) -> None:
+    """Say `--ray=auto` for a `--ray` without an address: the parser knows no options whose value may be left out."""
+    end = args.index("--") if "--" in args else len(args)
+    for at in range(end):
+        if args[at] == "--ray" and not (at + 1 < end and CLUSTER_ADDRESS.fullmatch(args[at + 1])):
+            args[at] = "--ray=auto"
 
 
 def _failed(error: GossamerError) -> int:

@@ -49,3 +49,7 @@ TensorParallel: TypeAlias = Annotated[
 PipelineParallel: TypeAlias = Annotated[
     int, typer.Option("--pp", min=1, max=64, help="Stages of layers, each of --tp processes (pipeline parallelism).")
 ]
+Cluster: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--ray", help="Use a Ray cluster: this machine's, HOST:PORT or local.", metavar="[ADDRESS]"),
+]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import typer
 
 from ._console import progress
-from ._options import Activations, Backend, Json, Model, Quiet
+from ._options import Activations, Backend, Cluster, Json, Model, Quiet
 from ._study_options import (
     BatchSizes,
     Context,
@@ -43,20 +44,24 @@ def sweep(
     backend: Backend = "auto",
     activations: Activations = "auto",
     threads: Threads = None,
+    ray: Cluster = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Every recipe on this model: bytes, speed, divergence, and which one to take.
 
     Interrupted? The same command goes on: what is measured is not measured again. Exit code 1 if any recipe failed.
+    With --ray each making, judgement and timing is a task on the cluster, of as many CPUs as it has threads.
 
     \b
     gossamer sweep smollm2 recipes/*.yaml --out swept/
     gossamer sweep smollm2 int8-rtn int4-gptq mine.yaml --out swept/ --max-size 100MB
+    gossamer sweep smollm2 recipes/*.yaml --out /shared/swept --ray
     """
     from ..checkpoint import open_checkpoint
     from ..measure.plans import SpeedPlan
     from ..measure.records import check_writable
+    from ..search.on_ray import run_study_on_ray, with_threads
     from ..search.study_precision import run_study
     from ..search.sweep import Sweep, by_name
 
@@ -74,5 +79,9 @@ def sweep(
     limit = None if max_size is None else bytes_of(max_size)
     check_writable(asked.records)
     with progress(quiet) as report:
-        records = run_study(asked, lambda recipe, folder, say: made_by(asked, recipe, folder, say), report)
+        if ray is None:
+            records = run_study(asked, partial(made_by, asked), report)
+        else:
+            asked = with_threads(asked)
+            records = run_study_on_ray(asked, partial(made_by, asked), report, ray)
     return finish(asked, records, limit, max_kld, json, quiet, noun="recipe", title="Recipes, compared")

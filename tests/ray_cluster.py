@@ -1,0 +1,47 @@
+"""A Ray cluster of several nodes on this machine, for tests: each node is a raylet of its own, with one CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+
+OBJECT_STORE_BYTES = 80 << 20
+
+
+@contextmanager
+def cluster_of(nodes: int) -> Iterator[Any]:
+    """A `ray.cluster_utils.Cluster` whose head does no work, and so many nodes that do."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def busy_nodes(cluster: Any, command: str) -> list[Any]:
+    """The nodes on which a process runs whose command line has this in it."""
+    busy = []
+    for node in cluster.worker_nodes:
+        raylet = node.all_processes["raylet"][0].process.pid
+        try:
+            below = psutil.Process(raylet).children(recursive=True)
+        except psutil.Error:
+            continue
+        if any(command in _command(process) for process in below):
+            busy.append(node)
+    return busy
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
