@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
 from ..errors import UsageError
+from ..settings import threads
 from . import _options as o
 from ._imports import importing
 
@@ -64,6 +66,11 @@ def serve(
     ] = 30.0,
     tp: o.TensorParallel = 1,
     pp: o.PipelineParallel = 1,
+    ray: o.Cluster = None,
+    replicas: Annotated[int, typer.Option("--replicas", help="With --ray: how many copies of the server.", min=1)] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option("--max-replicas", help="With --ray: most copies under load.", min=1)
+    ] = None,
     quiet: o.Quiet = False,
 ) -> None:
     """Serve models over HTTP: OpenAI's API, and a page to try them on. Ctrl-C or SIGTERM ends it.
@@ -71,6 +78,7 @@ def serve(
     \b
     gossamer serve smollm2
     gossamer serve small/ smollm2 --port 8080 --draft ngram
+    gossamer serve smollm2 --ray --replicas 4
     """
     engine = {
         "options": {
@@ -84,6 +92,10 @@ def serve(
         "draft": draft,
         "models": len(models),
     }
+    if ray is None and (replicas > 1 or max_replicas is not None):
+        raise UsageError("replicas are copies on the nodes of a cluster", hint="--ray says which one")
+    if max_replicas is not None and max_replicas < replicas:
+        raise UsageError(f"--max-replicas {max_replicas} is less than --replicas {replicas}")
     names = model_names(models, name or [])
     with importing():
         from ..serve import server
@@ -97,8 +109,18 @@ def serve(
         limits=Limits(max_queue=max_queue, request_seconds=request_seconds),
     )
     server.bind(options).close()  # what is wrong with the address is said before anything is loaded
-    specs = [_spec(model, known_as, engine, verbose=not quiet) for model, known_as in zip(models, names, strict=True)]
-    server.serve(specs, options, lambda url: _announce(url, names))
+    specs = partial(_specs, models, names, engine, verbose=not quiet)
+    ready = partial(_announce, names=names, out=sys.stdout)
+    if ray is None:
+        server.serve(specs(), options, ready)
+        return
+    from ..serve.replicas.deploy import Scale
+    from ..serve.replicas.server import serve_on_ray
+
+    specs()  # what is wrong with a model is said before a cluster is asked
+    scale = Scale(replicas, max_replicas or replicas, threads(), max_sequences)
+    application = re.sub(r"[^\w.-]+", "-", " ".join(names))
+    serve_on_ray(application, specs, options, scale, ray, ready)
 
 
 def bytes_in(size: str) -> int:
@@ -127,6 +149,10 @@ def _name(model: str) -> str:
     return path.stem if path.suffix == ".gguf" else path.resolve().name
 
 
+def _specs(models: list[str], names: list[str], engine: dict[str, Any], verbose: bool) -> list[ModelSpec]:
+    return [_spec(model, name, engine, verbose) for model, name in zip(models, names, strict=True)]
+
+
 def _spec(model: str, name: str, engine: dict[str, Any], verbose: bool) -> ModelSpec:
     """How to serve a model. Raises CheckpointError if there is none."""
     from ..checkpoint import open_checkpoint
@@ -138,6 +164,6 @@ def _spec(model: str, name: str, engine: dict[str, Any], verbose: bool) -> Model
     return ModelSpec(name, checkpoint.tokenizer, worker)
 
 
-def _announce(url: str, names: list[str]) -> None:
-    sys.stdout.write(f"serving {', '.join(names)} on {url}\n")
-    sys.stdout.flush()
+def _announce(url: str, names: list[str], out: TextIO) -> None:
+    out.write(f"serving {', '.join(names)} on {url}\n")
+    out.flush()

@@ -82,6 +82,11 @@ class _Body:
 
     async def json(self) -> Any:
         """The parsed body. Raises ApiError: 400, 408, 413, 415, 503."""
+        data = await self.read()
+        return await asyncio.to_thread(parsed, data) if len(data) > 1 << 16 else parsed(data)
+
+    async def read(self) -> bytes:
+        """A body that is JSON by its content type. Raises ApiError: 408, 413, 415, 503."""
         kind = self._request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # which no page of another site can send without asking first
             raise ApiError(415, f"the content type is {kind or 'missing'!r:.80}, expected application/json")
@@ -90,12 +95,11 @@ class _Body:
             self._count(int(length), 0)
         try:
             async with asyncio.timeout(self._bodies.seconds):
-                data = await self._read()
+                return await self._read()
         except TimeoutError:
             raise ApiError(
                 408, f"the body did not come within {self._bodies.seconds:g} s", headers={"Connection": "close"}
             ) from None
-        return await asyncio.to_thread(_parsed, data) if len(data) > 1 << 16 else _parsed(data)
 
     async def _read(self) -> bytes:
         data = bytearray()
@@ -116,7 +120,8 @@ class _Body:
         self.counted = held
 
 
-def _parsed(data: bytes) -> Any:
+def parsed(data: bytes) -> Any:
+    """JSON. Raises ApiError, 400."""
     try:
         value = json.loads(data)
     except RecursionError:

@@ -13,8 +13,10 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from ..checkpoint import Tokenizer, chat_template
 from ..errors import GossamerError, UsageError
@@ -85,69 +87,98 @@ def serve(models: Sequence[ModelSpec], options: ServerOptions, ready: Callable[[
         asyncio.run(_Server(models, options, bound, ready).run())
 
 
+async def started(specs: Sequence[ModelSpec], clients: Sequence[EngineClient], limits: Limits) -> Service:
+    """A service over models: workers load while tokenizers are read here. Raises GossamerError."""
+    chat_template.prepare()
+    loading = [asyncio.ensure_future(client.start()) for client in clients]
+    tokenizers = [asyncio.ensure_future(asyncio.to_thread(spec.tokenizer)) for spec in specs]
+    try:
+        engines = await asyncio.gather(*loading)
+        read = await asyncio.gather(*tokenizers)
+    except WorkerLost as lost:
+        raise GossamerError(lost.message, hint=lost.hint) from None
+    finally:
+        for task in (*loading, *tokenizers):
+            task.cancel()
+        await asyncio.gather(*loading, *tokenizers, return_exceptions=True)
+    served = [
+        Served(client.name, client, tokenizer, Queue(engine.max_sequences, limits.max_queue))
+        for client, tokenizer, engine in zip(clients, read, engines, strict=True)
+    ]
+    return Service(served, limits)
+
+
+class Signals:
+    """SIGTERM and SIGINT, counted. To be made in the loop that is to hear of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+
+    async def drained(self, work: InFlight, seconds: float) -> None:
+        """Let what is in flight finish, in bounded time; a second signal ends that too."""
+        work.draining = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        while work.in_flight and loop.time() < deadline and self.count < 2:
+            await asyncio.sleep(SECONDS_PER_LOOK)
+
+    def _on_signal(self) -> None:
+        self.count += 1
+        self.first.set()
+
+
+class InFlight(Protocol):
+    """Whatever takes requests in, until it is told to take no more."""
+
+    draining: bool
+    in_flight: int
+
+
+def http_server(app: ASGIApp, body_seconds: float) -> uvicorn.Server:
+    """What speaks HTTP for an application; `serve` takes the socket."""
+    config = uvicorn.Config(
+        app, http=type("Protocol", (PatientProtocol,), {"seconds": body_seconds}), ws="none",
+        lifespan="off", log_level="warning", access_log=False, server_header=False,
+        timeout_graceful_shutdown=SECONDS_TO_CLOSE,
+    )  # fmt: skip
+    return _Uvicorn(config)
+
+
 class _Server:
     def __init__(
         self, models: Sequence[ModelSpec], options: ServerOptions, bound: socket.socket, ready: Callable[[str], None]
     ) -> None:
         self._specs, self._options, self._bound, self._ready = models, options, bound, ready
         self._clients = [EngineClient(spec.worker, spec.name, options.watch) for spec in models]
-        self._signals = 0
-        self._signalled = asyncio.Event()
 
     async def run(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
+        signals = Signals()
         try:
-            starting = asyncio.ensure_future(self._start())
-            signalled = asyncio.ensure_future(self._signalled.wait())
+            starting = asyncio.ensure_future(started(self._specs, self._clients, self._options.limits))
+            signalled = asyncio.ensure_future(signals.first.wait())
             await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
-                await self._serve(starting.result())
+                await self._serve(starting.result(), signals)
             else:
                 starting.cancel()
         finally:
             await asyncio.gather(*(client.stop() for client in self._clients))
 
-    async def _start(self) -> Service:
-        """Workers load while tokenizers are read here. Raises GossamerError."""
-        chat_template.prepare()
-        loading = [asyncio.ensure_future(client.start()) for client in self._clients]
-        tokenizers = [asyncio.ensure_future(asyncio.to_thread(spec.tokenizer)) for spec in self._specs]
-        try:
-            engines = await asyncio.gather(*loading)
-            read = await asyncio.gather(*tokenizers)
-        except WorkerLost as lost:
-            raise GossamerError(lost.message, hint=lost.hint) from None
-        finally:
-            for task in (*loading, *tokenizers):
-                task.cancel()
-            await asyncio.gather(*loading, *tokenizers, return_exceptions=True)
-        limits = self._options.limits
-        served = [
-            Served(client.name, client, tokenizer, Queue(engine.max_sequences, limits.max_queue))
-            for client, tokenizer, engine in zip(self._clients, read, engines, strict=True)
-        ]
-        return Service(served, limits)
-
-    async def _serve(self, service: Service) -> None:
+    async def _serve(self, service: Service, signals: Signals) -> None:
         """Until a signal, and then to the end of what runs. Raises GossamerError if a worker cannot be kept."""
-        app = make_app(service, self._options.api_key)
-        config = uvicorn.Config(
-            app, http=type("Protocol", (PatientProtocol,), {"seconds": service.limits.body_seconds}),
-            lifespan="off", log_level="warning", access_log=False, server_header=False,
-            timeout_graceful_shutdown=SECONDS_TO_CLOSE,
-        )  # fmt: skip
-        http = _Uvicorn(config)
+        http = http_server(make_app(service, self._options.api_key), service.limits.body_seconds)
         serving = asyncio.ensure_future(http.serve([self._bound]))
         watching = [asyncio.ensure_future(client.supervise()) for client in self._clients]
-        signalled = asyncio.ensure_future(self._signalled.wait())
+        signalled = asyncio.ensure_future(signals.first.wait())
         try:
             self._bound.listen(1024)
-            self._ready(_url(self._bound))
+            self._ready(url(self._bound))
             await asyncio.wait({serving, signalled, *watching}, return_when=asyncio.FIRST_COMPLETED)
-            if self._signalled.is_set():
-                await self._drain(service)
+            if signals.count:
+                await signals.drained(service, self._options.drain_seconds)
         finally:
             service.draining = True
             for client in self._clients:
@@ -160,20 +191,8 @@ class _Server:
                 task.cancel()
             results = await asyncio.gather(*watching, return_exceptions=True)
         for result in results:
-            if isinstance(result, Exception) and not self._signalled.is_set():
+            if isinstance(result, Exception) and not signals.count:
                 raise result
-
-    async def _drain(self, service: Service) -> None:
-        """Let what is in flight finish, in bounded time."""
-        service.draining = True
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._options.drain_seconds
-        while service.in_flight and loop.time() < deadline and self._signals < 2:
-            await asyncio.sleep(SECONDS_PER_LOOK)
-
-    def _on_signal(self) -> None:
-        self._signals += 1
-        self._signalled.set()
 
 
 class _Uvicorn(uvicorn.Server):
@@ -188,6 +207,7 @@ def _is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
-def _url(bound: socket.socket) -> str:
+def url(bound: socket.socket) -> str:
+    """Where it is served."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -97,9 +97,9 @@ class EventStream(Response):
                 await while_connected(receive, self._send_all(put), self._seconds)
                 self._whole()
             except ApiError as error:
-                last = _event(error.body())
+                last = as_event(error.body())
             except TimeoutError:
-                last = _event(ApiError(504, f"not answered within {self._seconds:g} s").body())
+                last = as_event(ApiError(504, f"not answered within {self._seconds:g} s").body())
             self._close()  # now, and not when a slow client has taken the last bytes
             left = began + self._seconds - time.monotonic()
             async with asyncio.timeout(max(left, SECONDS_FOR_LAST_BYTES)):
@@ -111,10 +111,10 @@ class EventStream(Response):
 
     async def _send_all(self, put: Callable[[bytes], Awaitable[None]]) -> None:
         async for event in self._events:
-            await put(_event(event))
+            await put(as_event(event))
 
 
-def _event(value: Any) -> bytes:
+def as_event(value: Any) -> bytes:
     return b"data: " + as_json(value) + b"\n\n"
 
 
