@@ -14,6 +14,7 @@ import pytest
 for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOSSAMER_THREADS"):
     os.environ.setdefault(_variable, "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # whether this user has a token for clusters or not
 if "GOSSAMER_HOME" not in os.environ:  # the workers inherit the folder of the process that started them
     os.environ["GOSSAMER_HOME"] = tempfile.mkdtemp(prefix="gossamer-tests-")
     atexit.register(shutil.rmtree, os.environ["GOSSAMER_HOME"], ignore_errors=True)

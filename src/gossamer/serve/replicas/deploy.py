@@ -8,6 +8,7 @@ whose command was killed stay until the same command is given again, which takes
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,7 @@ class Deployment:
         from ray import serve
         from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)  # once it is imported, for that sets it
         _require_room(self._ray, scale)
         number: dict[str, Any] = {"num_replicas": scale.count}
         if scale.most > scale.count:
