@@ -27,7 +27,9 @@ from gossamer.measure.records import append_record
 from gossamer.measure.run import EvalRequest, bench_models
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "engines.md"
-MODELS = ("bf16", "q8_0", "q4_0", "int8", "int4")
+OWN = ("int8", "int4")
+"""In a layout of ours, which no other engine reads."""
+MODELS = ("bf16", "q8_0", "q4_0", *OWN)
 ENVIRONMENT = {"llama.cpp": "llama-cpp-python"}
 """Engine -> its environment in peers.py, where that has another name."""
 
@@ -64,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def measured(models: list[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The records of every model in every engine that opens it."""
+    own = [str(cpu_models.path_of(name)) for name in OWN]
     for i, batch in enumerate(args.batch):
         plan = SpeedPlan(args.prompt_tokens, args.output_tokens, batch, args.repetitions, warmup=1)
         text = None
@@ -71,7 +74,8 @@ def measured(models: list[str], args: argparse.Namespace) -> Iterator[dict[str, 
             windows = WindowPlan(context=1024, stride=1024, scored=512)
             text = EvalRequest("default", load_corpus("default"), windows, tokens=args.perplexity, samples=0)
         for record in bench_models(models, plan, said, engines=args.engines, judged=text):
-            if not (record["error"] or "").startswith("UnsupportedModel"):
+            another = record["engine"]["name"] != OURS and record["model"]["path"] in own
+            if not another and not (record["error"] or "").startswith("UnsupportedModel"):
                 yield record
 
 
