@@ -1,5 +1,6 @@
 """Reading files that a stranger wrote: inside one folder, of bounded size, by position. Knows no format.
 
+Torch is loaded when a tensor is asked for: a tokenizer and a server do without.
 A model folder may name other files (shards, templates). Every such name passes `inside`, which refuses whatever leaves
 the folder; the one link that may leave it is the hub cache's own, from `snapshots/<revision>/` to `blobs/`.
 """
@@ -13,11 +14,12 @@ import stat
 import weakref
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import CorruptCheckpoint, ModelNotFound, UnsafeCheckpoint
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_JSON = 16 << 20
 """Bytes of a config; the files that list tokens or tensors have limits of their own."""
@@ -44,12 +46,27 @@ class RandomAccessFile:
 
     def read(self, offset: int, count: int) -> torch.Tensor:
         """`count` bytes from `offset` as uint8 [count]."""
+        import torch
+
+        self._check(offset, count)
+        buffer = torch.empty(count, dtype=torch.uint8)
+        self._fill(byte_view(buffer), offset)
+        return buffer
+
+    def read_bytes(self, offset: int, count: int) -> bytes:
+        """`count` bytes from `offset`."""
+        self._check(offset, count)
+        buffer = bytearray(count)
+        self._fill(memoryview(buffer), offset)
+        return bytes(buffer)
+
+    def _check(self, offset: int, count: int) -> None:
         if not 0 <= offset <= offset + count <= self.size:
             raise CorruptCheckpoint(f"{self.path}: bytes {offset} to {offset + count} of a file of {self.size} bytes")
-        buffer = torch.empty(count, dtype=torch.uint8)
-        view = byte_view(buffer)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
         done = 0
-        while done < count:
+        while done < len(view):
             try:
                 got = os.preadv(self._fd, [view[done:]], offset + done)
             except OSError as error:
@@ -57,15 +74,12 @@ class RandomAccessFile:
             if got == 0:
                 raise CorruptCheckpoint(f"{self.path}: ends at byte {offset + done}; it had {self.size} when opened")
             done += got
-        return buffer
-
-    def read_bytes(self, offset: int, count: int) -> bytes:
-        """`count` bytes from `offset`."""
-        return self.read(offset, count).numpy().tobytes()
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor, writable and without a copy if it is contiguous."""
+    import torch
+
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return memoryview(cast(Any, flat.numpy()))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,8 @@ def test_a_supervisor_can_be_cancelled_in_the_moment_in_which_a_message_comes(tu
             process.kill()
 
     assert asyncio.run(cancelled_after(turns))
+
+
+def test_the_side_that_speaks_http_loads_no_torch() -> None:
+    code = "import sys, gossamer.serve.server, gossamer.checkpoint.tokenizer; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
