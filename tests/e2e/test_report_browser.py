@@ -26,7 +26,10 @@ import pytest
 from gossamer.report import load, render_html
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, no google-chrome (apt-get install chromium)")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium, no google-chrome (apt-get install chromium)"),
+]
 
 WATCH = """
 window.seen = { violations: [], errors: [] };

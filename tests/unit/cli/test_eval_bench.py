@@ -66,6 +66,7 @@ def test_eval_prints_a_table_with_its_protocol(
     assert "judging: 4/4" in printed.err
 
 
+@pytest.mark.slow
 def test_bench_gives_one_record_for_each_model_and_batch_size(
     tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +94,7 @@ def test_a_report_of_two_batch_sizes_has_both(tiny: str, tmp_path: Path, capsys:
     assert [row["protocol_mark"] for row in rows] == ["1", "2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["eval", "bench"])
 def test_a_model_that_fails_shows_its_traceback_to_who_debugs(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

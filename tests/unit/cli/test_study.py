@@ -35,6 +35,7 @@ def kinds(path: Path) -> list[tuple[str, str]]:
     return [(r["kind"], r["status"]) for r in records]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_a_study_ends_in_table_plot_records_and_a_recommendation_and_goes_on_where_it_stopped(
     tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -62,6 +63,7 @@ def test_a_study_ends_in_table_plot_records_and_a_recommendation_and_goes_on_whe
     assert "int4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_a_format_that_cannot_be_made_is_a_failed_row_and_the_exit_code_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -114,6 +116,7 @@ def test_sizes(text: str, count: int | None) -> None:
         assert bytes_of(text) == count
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("inline")
 def test_a_study_of_pairs_ends_in_a_matrix_with_reasons_for_its_gaps(
     tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -133,6 +136,7 @@ def test_a_study_of_pairs_ends_in_a_matrix_with_reasons_for_its_gaps(
     assert "rotate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_study_of_ranks_ends_in_uniform_beside_allocated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = make_folder(tmp_path / "wide", torch_dtype="bfloat16", hidden_size=128, intermediate_size=256, head_dim=32)
     out = tmp_path / "ranks"

@@ -32,6 +32,7 @@ def recipe(folder: Path, name: str, bits: int, file: str | None = None) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_recipes_end_in_one_table_and_what_is_measured_is_not_measured_again(
     tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,8 @@ STAGES: dict[str, list[dict[str, Any]]] = {
     "rotate": [{"method": "rotate"}, RTN],
     "smoothquant": [{"method": "smoothquant", "points": "all"}],
     "llm-int8": [{"method": "llm-int8"}],
+    "hqq": [{"method": "hqq", **GRID, "iterations": 2}],
+    "awq": [{"method": "awq", **GRID, "steps": 3}],
     "omniquant": [{"method": "omniquant", **GRID, "steps": 3}],
     "signround": [{"method": "signround", **GRID, "steps": 3}],
     "efficientqat": [{"method": "efficientqat", **GRID, "steps": 3}],

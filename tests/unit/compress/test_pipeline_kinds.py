@@ -85,6 +85,7 @@ EVERY_KIND = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stages", EVERY_KIND)
 def test_stopped_after_every_unit_in_turn_it_resumes_to_the_same_bytes(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: tuple[Any, ...]
@@ -255,6 +256,7 @@ def test_a_transform_is_read_a_tensor_at_a_time(model: Path, tmp_path: Path) -> 
     assert "read" not in SEEN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [{}, {"symmetric": False}, {"bits": 3}, {"format": "nf4"}], ids=str)
 @pytest.mark.parametrize("latent", [False, True], ids=["scales", "weights"])
 def test_a_tuner_begins_with_the_stored_model_and_ends_closer_to_the_original(

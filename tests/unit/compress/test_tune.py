@@ -27,6 +27,8 @@ from gossamer.errors import RecipeError
 from gossamer.model.decoder import Decoder
 from tiny_llama import make_folder
 
+pytestmark = pytest.mark.slow
+
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
 RTN = {"method": "rtn", "bits": 3, "group_size": 32}
 SCALES, QAT_STAGE = {"method": "scales", "learning_rate": 5e-3}, {"method": "qat", "learning_rate": 0.01}

@@ -54,6 +54,7 @@ def check(folder, tp, pp, backend, seed=0):
             assert torch.equal(tokens, logits.argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", [*CUT, Dense(), Dense(torch.float32)], ids=lambda f: f.name)
 def test_two_ranks_give_what_one_process_does_in_every_format(form, backend, tmp_path):

@@ -13,6 +13,8 @@ import psutil
 import pytest
 from serving import PATIENCE, Server, chat_body, data_lines, long_body, wait_until
 
+pytestmark = pytest.mark.slow
+
 SLOW = ("--delay", 0.02)
 
 
