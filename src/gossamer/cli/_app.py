@@ -29,6 +29,7 @@ from .convert import convert
 from .doctor import doctor
 from .eval import eval_
 from .export import export
+from .join import join
 from .ls import ls
 from .plan import plan
 from .pull import pull
@@ -92,6 +93,7 @@ def _root(
 app.command()(run)
 app.command()(chat)
 app.command()(serve)
+app.command()(join)
 app.command()(compress)
 app.command()(plan)
 app.command()(simulate)

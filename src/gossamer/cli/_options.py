@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 import typer
+
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ..engine.sharded.nodes import Nodes
 
 
 def _hush(quiet: bool) -> bool:
@@ -49,7 +54,25 @@ TensorParallel: TypeAlias = Annotated[
 PipelineParallel: TypeAlias = Annotated[
     int, typer.Option("--pp", min=1, max=64, help="Stages of layers, each of --tp processes (pipeline parallelism).")
 ]
+NodeCount: TypeAlias = Annotated[
+    int, typer.Option("--nodes", min=1, help="Machines that hold as many ranks each, this one and those that join it.")
+]
+MasterAddress: TypeAlias = Annotated[
+    str | None,
+    typer.Option("--master-addr", help="With --nodes: where the others reach this one.", metavar="HOST[:PORT]"),
+]
 Cluster: TypeAlias = Annotated[
     str | None,
     typer.Option("--ray", help="Use a Ray cluster: this machine's, HOST:PORT or local.", metavar="[ADDRESS]"),
 ]
+
+
+def several_nodes(count: int, address: str | None) -> Nodes | None:
+    """What --nodes and --master-addr say together. Raises UsageError."""
+    if count == 1 and address is None:
+        return None
+    if count == 1 or address is None:
+        raise UsageError("--nodes and --master-addr belong together", hint="--nodes 2 --master-addr HOST[:PORT]")
+    from ..engine.sharded.nodes import Nodes
+
+    return Nodes.at(count, address)

@@ -10,7 +10,19 @@ import typer
 
 from ..errors import UsageError
 from ._console import progress, remark
-from ._options import Activations, Backend, Json, KVCache, PipelineParallel, Quiet, TensorParallel, Weights
+from ._options import (
+    Activations,
+    Backend,
+    Json,
+    KVCache,
+    MasterAddress,
+    NodeCount,
+    PipelineParallel,
+    Quiet,
+    TensorParallel,
+    Weights,
+    several_nodes,
+)
 from .eval import Models, Out, Threads, check_out, computed_by, exit_code, make_table, number, print_table, take
 
 Engines: TypeAlias = Annotated[
@@ -42,6 +54,8 @@ def bench(
     kv_cache: KVCache = "auto",
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
+    nodes: NodeCount = 1,
+    master_addr: MasterAddress = None,
     threads: Threads = None,
     out: Out = None,
     json: Json = False,
@@ -65,11 +79,11 @@ def bench(
     if ALL in engine.split(",") and not quiet:
         for peer in absent(engines):
             remark(f"{peer.name} is not installed: {peer.install}")
-    own = (weights, threads, backend, activations, kv_cache)
-    text = _judged(perplexity, context, (*own, tp, pp)) if perplexity else None
+    own, ranks = (weights, threads, backend, activations, kv_cache), (tp, pp, several_nodes(nodes, master_addr))
+    text = _judged(perplexity, context, (*own, *ranks)) if perplexity else None
     with progress(quiet) as report:
         ran = (
-            bench_models(models, plan, report, *own, engines, text if i == 0 else None, api_key, tp, pp)
+            bench_models(models, plan, report, *own, engines, text if i == 0 else None, api_key, *ranks)
             for i, plan in enumerate(plans)  # one text is judged once
         )
         records = take(chain.from_iterable(ran), out, json)
@@ -84,7 +98,7 @@ def _judged(tokens: int, context: int, own: tuple[Any, ...]) -> Any:
     from ..measure.plans import WindowPlan
     from ..measure.run import EvalRequest
 
-    weights, threads, backend, activations, kv_cache, tp, pp = own
+    weights, threads, backend, activations, kv_cache, tp, pp, nodes = own
     return EvalRequest(
         "default",
         load_corpus("default"),
@@ -98,6 +112,7 @@ def _judged(tokens: int, context: int, own: tuple[Any, ...]) -> Any:
         kv_cache=kv_cache,
         tp=tp,
         pp=pp,
+        nodes=nodes,
     )
 
 

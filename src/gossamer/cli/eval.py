@@ -10,7 +10,19 @@ import typer
 
 from ..errors import GossamerError
 from ._console import console, emit_json, print_error, progress
-from ._options import Activations, Backend, Json, KVCache, PipelineParallel, Quiet, TensorParallel, Weights
+from ._options import (
+    Activations,
+    Backend,
+    Json,
+    KVCache,
+    MasterAddress,
+    NodeCount,
+    PipelineParallel,
+    Quiet,
+    TensorParallel,
+    Weights,
+    several_nodes,
+)
 
 Models: TypeAlias = Annotated[
     list[str], typer.Argument(metavar="MODEL...", help="Folders, .gguf files, hub ids or aliases (smollm2).")
@@ -43,6 +55,8 @@ def eval_(
     kv_cache: KVCache = "auto",
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
+    nodes: NodeCount = 1,
+    master_addr: MasterAddress = None,
     engine: Engine = "gossamer",
     threads: Threads = None,
     out: Out = None,
@@ -74,6 +88,7 @@ def eval_(
         kv_cache=kv_cache,
         tp=tp,
         pp=pp,
+        nodes=several_nodes(nodes, master_addr),
     )
     with progress(quiet) as report:
         records = take(evaluate_models(models, request, report), out, json)

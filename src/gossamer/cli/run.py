@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint, Tokenizer
     from ..engine import LLM, SamplingParams, Token
     from ..engine.backend import Activations, BackendName, Weights
+    from ..engine.sharded.nodes import Nodes
 
 
 def run(
@@ -39,6 +40,8 @@ def run(
     activations: o.Activations = "auto",
     tp: o.TensorParallel = 1,
     pp: o.PipelineParallel = 1,
+    nodes: o.NodeCount = 1,
+    master_addr: o.MasterAddress = None,
     json: o.Json = False,
     quiet: o.Quiet = False,
 ) -> None:
@@ -58,9 +61,10 @@ def run(
     with importing():
         from ..checkpoint import open_checkpoint
         from ..engine import LLM  # noqa: F401  # which `load` takes
+    meeting = o.several_nodes(nodes, master_addr)
     checkpoint = open_checkpoint(model)
     tokens = prompt_tokens(checkpoint.tokenizer(), text, raw)
-    llm = load(checkpoint, weights, backend, activations, quiet, len(tokens) + max_tokens, tp, pp)
+    llm = load(checkpoint, weights, backend, activations, quiet, len(tokens) + max_tokens, tp, pp, meeting)
     answer = Answer()
     answer.follow(llm.stream(tokens, params), show=not json)
     if json:
@@ -117,6 +121,7 @@ def load(
     tokens: int,
     tp: int = 1,
     pp: int = 1,
+    nodes: Nodes | None = None,
 ) -> LLM:
     """The model with room for a prompt and its answer of so many tokens, loaded under a progress bar. Raises as LLM.
 
@@ -134,6 +139,7 @@ def load(
             progress=callback,
             tp=tp,
             pp=pp,
+            nodes=nodes,
         )
 
 

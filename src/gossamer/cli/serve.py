@@ -66,6 +66,8 @@ def serve(
     ] = 30.0,
     tp: o.TensorParallel = 1,
     pp: o.PipelineParallel = 1,
+    nodes: o.NodeCount = 1,
+    master_addr: o.MasterAddress = None,
     ray: o.Cluster = None,
     replicas: Annotated[int, typer.Option("--replicas", help="With --ray: how many copies of the server.", min=1)] = 1,
     max_replicas: Annotated[
@@ -80,6 +82,9 @@ def serve(
     gossamer serve small/ smollm2 --port 8080 --draft ngram
     gossamer serve smollm2 --ray --replicas 4
     """
+    meeting = o.several_nodes(nodes, master_addr)
+    if meeting is not None and (ray is not None or len(models) > 1):
+        raise UsageError("--nodes are for one model, without --ray", hint="serve each model by a command of its own")
     engine = {
         "options": {
             "kv_memory": None if kv_memory is None else bytes_in(kv_memory),
@@ -88,7 +93,7 @@ def serve(
             "prefix_reuse": prefix_reuse,
         },
         "choice": {"backend": backend, "weights": weights, "activations": activations, "kv_cache": kv_cache}
-        | {"tp": tp, "pp": pp},
+        | {"tp": tp, "pp": pp, "nodes": meeting},
         "draft": draft,
         "models": len(models),
     }

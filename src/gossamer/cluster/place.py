@@ -11,7 +11,7 @@ from pathlib import Path
 from .. import __version__, settings
 from ..errors import ClusterError
 
-SECRETS = {"GOSSAMER_API_KEY"}
+SECRETS = {"GOSSAMER_API_KEY", settings.JOIN_TOKEN}
 
 
 def _said() -> dict[str, str]:

@@ -11,7 +11,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from ..checkpoint import Checkpoint
     from ..model.config import ModelConfig
+    from .sharded.nodes import Nodes
 
 BackendName: TypeAlias = Literal["auto", "cpu", "reference"]
 Weights: TypeAlias = Literal["stored", "float"]
@@ -170,21 +171,21 @@ def choose(
     progress: Progress | None = None,
     tp: int = 1,
     pp: int = 1,
+    nodes: Nodes | None = None,
 ) -> Backend:
     """Load a checkpoint into the backend that is asked for; `auto` takes cpu wherever that can run it.
 
-    `tp`: processes that share every layer; `pp`: stages of layers, each of so many processes.
-    Raises UnknownName, EngineError (it cannot be run as asked), CheckpointError, DoesNotFit. What was chosen, and why
-    it is not cpu, is logged by `gossamer.engine`.
+    `tp`: processes that share every layer; `pp`: stages of layers, each of so many processes; `nodes`: machines that
+    they are on. Raises UsageError, UnknownName, EngineError (it cannot be run as asked), CheckpointError, DoesNotFit.
+    What was chosen, and why it is not cpu, is logged by `gossamer.engine`.
     """
     name, reason = resolve(checkpoint, backend, weights, activations, kv_cache)
     loaded: Backend
-    if (tp, pp) != (1, 1):
+    if (tp, pp) != (1, 1) or nodes is not None:
         from .sharded.launch import ShardedBackend
 
-        loaded = ShardedBackend(
-            checkpoint, tp, pp, name, weights=weights, activations=activations, kv_cache=kv_cache, progress=progress
-        )
+        choice: dict[str, Any] = {"weights": weights, "activations": activations, "kv_cache": kv_cache}
+        loaded = ShardedBackend(checkpoint, tp, pp, name, nodes=nodes, progress=progress, **choice)
     elif name == "cpu":
         from . import cpu
 

@@ -11,6 +11,7 @@ from ..errors import EngineError
 from ..settings import threads
 from .backend import Activations, Backend, BackendName, Progress, Weights, choose
 from .engine import Engine, EngineOptions
+from .sharded.nodes import Nodes
 from .speculative import Drafter, Speculator
 
 DRAFTERS = {
@@ -36,16 +37,16 @@ def build_engine(
     progress: Progress | None = None,
     tp: int = 1,
     pp: int = 1,
+    nodes: Nodes | None = None,
 ) -> Engine:
     """Load a model, and what guesses for it: `draft` is `ngram`, `self`, or another model's name.
 
-    `tp`, `pp`: as `choose` takes them; `max_drafts`: most tokens to guess at once; `adaptive`: no guesses while they
-    would be slower. Raises
-    CheckpointError, DoesNotFit, EngineError.
+    `tp`, `pp`, `nodes`: as `choose` takes them; `max_drafts`: most tokens to guess at once; `adaptive`: no guesses
+    while they would be slower. Raises CheckpointError, DoesNotFit, EngineError.
     """
     torch.set_num_threads(threads())
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
-    target = choose(checkpoint, backend, weights, activations, kv_cache, progress, tp, pp)
+    target = choose(checkpoint, backend, weights, activations, kv_cache, progress, tp, pp, nodes)
     engine = Engine(target, checkpoint.tokenizer(), options or EngineOptions())
     if draft is not None:
         drafter = _drafter(draft, checkpoint, engine, activations, kv_cache, progress)

@@ -24,6 +24,7 @@ from .params import SamplingParams
 from .runner import KVPool, Rows
 from .sampling import draw, require_finite, scaled
 from .sequence import Completion, Output, Token
+from .sharded.nodes import Nodes
 
 Prompt: TypeAlias = "str | Many[int]"
 
@@ -46,7 +47,8 @@ class LLM:
     `activations`: "int8" rounds them before they meet packed weights, "exact" keeps float32; "auto" is the backend's
     choice, and so is the dtype of the KV cache, unless `kv_cache` names one. `reference` is exact in both.
     `max_batch`: most prompts that are run together.
-    `tp`, `pp`: processes that share every layer, and stages of layers, each of so many processes.
+    `tp`, `pp`: processes that share every layer, and stages of layers, each of so many processes; `nodes`: machines
+    that they are on, which join this one.
     `reserve_tokens`: a prompt and its answer of so many tokens must fit beside the weights, or nothing is loaded.
     """
 
@@ -63,16 +65,18 @@ class LLM:
         progress: Progress | None = None,
         tp: int = 1,
         pp: int = 1,
+        nodes: Nodes | None = None,
     ) -> None:
         if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
             raise EngineError(f"max_batch is {max_batch!r}, expected 1 or more")
         torch.set_num_threads(threads())
         self.checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
         self.config = self.checkpoint.config
-        per_token = kv_bytes_per_token(self.checkpoint, backend, weights, kv_cache)
-        _require_room(self.checkpoint, weights, per_token, reserve_tokens)
+        if nodes is None:
+            per_token = kv_bytes_per_token(self.checkpoint, backend, weights, kv_cache)
+            _require_room(self.checkpoint, weights, per_token, reserve_tokens)
         self.tokenizer = self.checkpoint.tokenizer()
-        self.backend = choose(self.checkpoint, backend, weights, activations, kv_cache, progress, tp, pp)
+        self.backend = choose(self.checkpoint, backend, weights, activations, kv_cache, progress, tp, pp, nodes)
         self.pool = KVPool(self.backend)
         """Blocks for those who run rows of their own; the engine's are apart, and are forgotten meanwhile."""
         self.max_batch = max_batch

@@ -20,6 +20,7 @@ from ..checkpoint import Checkpoint, Tokenizer, open_checkpoint
 from ..engine import isa_in_use
 from ..engine.backend import Activations, Backend, BackendName, Weights, choose, resolve
 from ..engine.llm import LLM
+from ..engine.sharded.nodes import Nodes
 from ..errors import GossamerError, MeasureError
 from . import speed
 from .corpus import Corpus, check_contamination, load_corpus
@@ -47,15 +48,18 @@ def evaluate_models(
     kv_cache: str = "auto",
     tp: int = 1,
     pp: int = 1,
+    nodes: Sequence[Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Judge models that share one tokenization (all of them the reference's, or a single model's own), side by side.
+
+    `nodes`: the fields of Nodes.
 
     For each model, in order: {"results": {...}} or {"error": {"kind", "message", "hint"}}.
     """
     torch.set_num_threads(settings.threads())
     channel.fact("engine", _expected_engine(backend, weights))
     text, windows = _unchanged(corpus, corpus_sha256), WindowPlan(**plan)
-    load = partial(_load, channel, backend, weights, tp, pp)
+    load = partial(_load, channel, backend, weights, tp, pp, _nodes(nodes))
     judge = _Judge(channel, text, windows, tokens, load, activations, kv_cache)
     try:
         anchor = None if reference is None else judge.load_reference(reference)
@@ -94,6 +98,7 @@ def bench_model(
     kv_cache: str = "auto",
     tp: int = 1,
     pp: int = 1,
+    nodes: Sequence[Any] | None = None,
 ) -> Iterator[dict[str, Any] | None]:
     """Load a model, then one run for each value asked for (warm-up runs first), then the results as the last value.
 
@@ -115,7 +120,7 @@ def bench_model(
     began = time.perf_counter()
     progress = loading(channel, checkpoint)
     choice: dict[str, Any] = {"backend": backend, "activations": activations, "kv_cache": kv_cache, "tp": tp, "pp": pp}
-    llm = LLM(checkpoint, weights, progress=progress, **choice)
+    llm = LLM(checkpoint, weights, progress=progress, nodes=_nodes(nodes), **choice)
     channel.fact("engine", engine_facts(llm.backend))
     elsewhere = llm.backend.weight_bytes if llm.backend.pids else 0
     load_s = opening + time.perf_counter() - began
@@ -193,12 +198,17 @@ def _load(
     weights: Weights,
     tp: int,
     pp: int,
+    nodes: Nodes | None,
     checkpoint: Checkpoint,
     activations: Activations,
     kv_cache: str,
 ) -> Backend:
     """A checkpoint in a backend. Raises as choose does."""
-    return choose(checkpoint, backend, weights, activations, kv_cache, loading(channel, checkpoint), tp, pp)
+    return choose(checkpoint, backend, weights, activations, kv_cache, loading(channel, checkpoint), tp, pp, nodes)
+
+
+def _nodes(fields: Sequence[Any] | None) -> Nodes | None:
+    return None if fields is None else Nodes(*fields)
 
 
 def engine_facts(backend: Backend) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from .worker import Job, Progress, Worker, WorkerError
 
 if TYPE_CHECKING:
     from ..engine.backend import Activations, BackendName, Weights
+    from ..engine.sharded.nodes import Nodes
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class EvalRequest:
     tp: int = 1
     pp: int = 1
     """Processes that share every layer, and stages of layers: of the models and of the reference."""
+    nodes: Nodes | None = None
+    """Machines that those are on: each model that is loaded waits for the others to join."""
 
 
 def check_engine(name: str) -> None:
@@ -104,6 +107,7 @@ def _evaluate_together(
             "kv_cache": request.kv_cache,
             "tp": request.tp,
             "pp": request.pp,
+            "nodes": request.nodes,
         },
         request.threads,
     )
@@ -130,13 +134,14 @@ def _eval_protocol(request: EvalRequest, facts: dict[str, Any]) -> dict[str, Any
         "backend": request.backend,
         "activations": request.activations,
         "threads": _threads(request.threads),
-        **_if_chosen(request.kv_cache, request.tp, request.pp),
+        **_if_chosen(request.kv_cache, request.tp, request.pp, request.nodes),
     }
 
 
-def _if_chosen(kv_cache: str, tp: int = 1, pp: int = 1) -> dict[str, Any]:
+def _if_chosen(kv_cache: str, tp: int = 1, pp: int = 1, nodes: Nodes | None = None) -> dict[str, Any]:
     """A protocol's entries for what was chosen: absent otherwise, as in records that are older than the choice."""
-    chosen = {"kv_cache": (kv_cache, "auto"), "tp": (tp, 1), "pp": (pp, 1)}
+    nnodes = 1 if nodes is None else nodes.nnodes
+    chosen = {"kv_cache": (kv_cache, "auto"), "tp": (tp, 1), "pp": (pp, 1), "nodes": (nnodes, 1)}
     return {name: value for name, (value, usual) in chosen.items() if value != usual}
 
 
@@ -154,14 +159,16 @@ def bench_models(
     api_key: str | None = None,
     tp: int = 1,
     pp: int = 1,
+    nodes: Nodes | None = None,
 ) -> Iterator[Record]:
     """One bench record for each model and engine, in order: loaded one after another, then run in turns.
 
-    With `judged` an eval record follows for each, of the text that it names; `api_key` is for servers; `tp` and `pp`
-    for our own engine.
+    With `judged` an eval record follows for each, of the text that it names; `api_key` is for servers; `tp`, `pp` and
+    `nodes` for our own engine.
     """
     asked = {"weights": weights, "backend": backend, "activations": activations, **_if_chosen(kv_cache, tp, pp)}
-    protocol = {**asdict(plan), **asked, "threads": _threads(threads)}
+    protocol = {**asdict(plan), **asked, **_if_chosen("auto", nodes=nodes), "threads": _threads(threads)}
+    asked |= {} if nodes is None else {"nodes": nodes}
     text = None if judged is None else _text_of(judged)
     for racer in _race(enter(models, engines, plan, progress, threads, asked, text, api_key), plan, progress):
         alone = racer.crowded_out

@@ -1,18 +1,17 @@
 """What the ranks of a model say to each other while they compute: sums within a stage, hidden states between stages.
 
-The process group is torch.distributed's (gloo); on one machine sums go through shared memory instead, where the C++
-extension is there. Every wait has an end. Knows no model.
+The process group is torch.distributed's (gloo); sums of a stage on one machine go through shared memory instead, where
+the C++ extension is there. Every wait has an end. Knows no model.
 """
 
 from __future__ import annotations
 
 import datetime
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import FileStore
+from torch._C._distributed_c10d import FileStore, Store, TCPStore
 
 from ..errors import EngineError
 
@@ -33,8 +32,8 @@ class Peers(Protocol):
 class ProcessGroup:
     """Ranks in processes of their own. Raises EngineError where another one does not answer in time."""
 
-    def __init__(self, rank: int, tp: int, pp: int, store: Path, timeout: float, shared_sum: Any | None = None) -> None:
-        """`store`: a file in a folder of the user alone, where the ranks meet; `timeout`: seconds.
+    def __init__(self, rank: int, tp: int, pp: int, store: str, timeout: float, shared_sum: Any | None = None) -> None:
+        """`store`: where the ranks meet, a file in a folder of the user alone or tcp://HOST:PORT; `timeout`: seconds.
 
         `shared_sum`: the extension's, for the ranks of this stage.
         """
@@ -43,7 +42,7 @@ class ProcessGroup:
         wait = datetime.timedelta(seconds=timeout)
         try:
             dist.init_process_group(
-                "gloo", store=FileStore(str(store), tp * pp), rank=rank, world_size=tp * pp, timeout=wait
+                "gloo", store=_opened(store, tp * pp, wait), rank=rank, world_size=tp * pp, timeout=wait
             )
             stages = [list(range(stage * tp, stage * tp + tp)) for stage in range(pp)]
             groups = [dist.new_group(ranks, timeout=wait) for ranks in stages]  # every rank has to make all of them
@@ -76,3 +75,10 @@ class ProcessGroup:
 
     def close(self) -> None:
         dist.destroy_process_group()
+
+
+def _opened(store: str, ranks: int, wait: datetime.timedelta) -> Store:
+    if not store.startswith("tcp://"):
+        return FileStore(store, ranks)
+    host, _, port = store.removeprefix("tcp://").rpartition(":")
+    return TCPStore(host, int(port), None, False, wait, wait_for_workers=False)

@@ -6,6 +6,7 @@ arrives is not believed: kinds, dtypes and sizes are checked before anything is 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import socket
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..errors import EngineError
 
-KINDS = frozenset({"load", "reserve", "step", "head", "stop", "beat", "ready", "done", "failed"})
+KINDS = frozenset({"join", "place", "load", "reserve", "step", "head", "stop", "beat", "ready", "done", "failed"})
 DTYPES: dict[str, np.dtype[Any]] = {"int32": np.dtype("<i4"), "int64": np.dtype("<i8"), "float32": np.dtype("<f4")}
 MAX_HEADER = 1 << 16
 MAX_ARRAYS = (1 << 31) - 1
@@ -96,6 +97,11 @@ class Wire:
         if header > MAX_HEADER or body > MAX_ARRAYS:
             raise _odd(f"it claims {header:,} and {body:,} bytes")
         return parsed(self._read(header), self._read(body))
+
+    def cut(self) -> None:
+        """Have nothing go either way any more: whoever waits at either end is told."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

@@ -1,12 +1,14 @@
 """The backend of a model that several processes hold: launches the ranks, hands each step to all, and watches them.
 
-A rank is lost when its process ends, says that it gives up, or is silent for too long; then all ranks are killed, and
-whatever is asked of the backend is an EngineError that names the rank. Knows no request.
+A rank is lost when its process ends, says that it gives up, or is silent for too long; then all ranks are killed, those
+of other machines by the end of their connections, and whatever is asked of the backend is an EngineError that names the
+rank. Knows no request.
 """
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import os
 import queue
@@ -23,20 +25,24 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 
-from ... import errors, settings
+from ... import errors
 from ...checkpoint import Checkpoint
 from ...checkpoint.memory import require_memory
 from ...errors import EngineError, GossamerError
-from ...kernels import cpu as kernels
-from ...kernels import dispatch
 from ...parallel import Plan
 from ...parallel.wire import Message, Wire
 from ..backend import BLOCK_SIZE, Activations, Backend, Batch, Progress, Weights
+from .identity import identity
+from .nodes import Door, Nodes, interface
+from .process import stage_memories, start_rank
 from .view import plan_checkpoint
 
 LOADING_PATIENCE = 12.0
 """While it loads a rank may be silent for so many times longer: one call into a library can take a while."""
+SECONDS_TO_END = 2.0
+SECONDS_TO_MEET = 300.0
 
 logger = logging.getLogger("gossamer.engine")
 
@@ -52,7 +58,10 @@ class Watch:
 
 
 class ShardedBackend(Backend):
-    """A checkpoint over tp * pp processes of this machine. Raises EngineError, CheckpointError, DoesNotFit."""
+    """A checkpoint over tp * pp processes, of this machine or of several `nodes` that join it.
+
+    Raises UsageError, EngineError, CheckpointError, DoesNotFit.
+    """
 
     def __init__(
         self,
@@ -64,23 +73,29 @@ class ShardedBackend(Backend):
         weights: Weights = "stored",
         activations: Activations = "auto",
         kv_cache: str = "auto",
+        nodes: Nodes | None = None,
         watch: Watch = Watch(),
         progress: Progress | None = None,
     ) -> None:
         self.name, self.config, self.watch = backend, checkpoint.config, watch
         self.plan: Plan = plan_checkpoint(checkpoint, tp, pp)
         self._num_blocks = 0
-        self._ranks = _Ranks(tp * pp, tp, watch)
+        self._nodes = 1 if nodes is None else nodes.nnodes
+        self._ranks = _Ranks(tp * pp, tp, watch, nodes)
         self._close = weakref.finalize(self, self._ranks.kill)
         choice = {"backend": backend, "weights": weights, "activations": activations, "kv_cache": kv_cache}
         spec = choice | {"model": checkpoint.name, "tp": tp, "pp": pp, "timeout": watch.step}
-        spec["threads"] = max(1, settings.threads() // tp)
+        if nodes is not None:
+            spec["identity"] = identity(checkpoint)
         if progress is not None:
-            progress("loading", 0, tp * pp)
+            first = "loading" if nodes is None else f"waiting for gossamer join {nodes.host}:{nodes.port}"
+            progress(first, 0, tp * pp)
         ready = self._ranks.start(spec)
         if progress is not None:
             progress("loading", tp * pp, tp * pp)
-        self.kv_bytes_per_token = float(sum(r.value("kv_bytes_per_token", float) for r in ready))
+        sizes = [r.value("kv_bytes_per_token", float) for r in ready]
+        self.kv_bytes_per_token = float(sum(sizes))
+        self._kv_bytes_here = float(sum(sizes[: len(self.pids)]))
         self.kv_dtype = ready[0].value("kv_dtype", str)
         coded = any(r.value("activations", str) == "int8" for r in ready)
         self.activations = "int8" if coded else "exact"
@@ -90,14 +105,14 @@ class ShardedBackend(Backend):
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the ranks."""
+        """Process ids of the ranks of this machine."""
         return self._ranks.pids
 
     def reserve(self, num_blocks: int) -> None:
         if 0 < num_blocks <= self._num_blocks:
             return
         require_memory(
-            int(self.kv_bytes_per_token * BLOCK_SIZE * max(0, num_blocks - self._num_blocks)),
+            int(self._kv_bytes_here * BLOCK_SIZE * max(0, num_blocks - self._num_blocks)),
             f"the KV cache for {num_blocks * BLOCK_SIZE:,} tokens",
             "ask for fewer tokens, or for fewer prompts at a time",
         )
@@ -134,7 +149,8 @@ class ShardedBackend(Backend):
         return sum(self.rank_bytes)
 
     def describe(self) -> str:
-        return f"{self._description}; {self.plan.tp} ranks by {self.plan.pp} stages"
+        nodes = "" if self._nodes == 1 else f" on {self._nodes} nodes"
+        return f"{self._description}; {self.plan.tp} ranks by {self.plan.pp} stages{nodes}"
 
     def close(self) -> None:
         """End the ranks."""
@@ -158,14 +174,19 @@ class ShardedBackend(Backend):
 
 
 class _Ranks:
-    """The processes, and one thread for each that listens to it."""
+    """The ranks, those of this machine first, and one thread for each that listens to it."""
 
-    def __init__(self, count: int, tp: int, watch: Watch) -> None:
-        self.count, self.tp, self.watch = count, tp, watch
+    def __init__(self, count: int, tp: int, watch: Watch, nodes: Nodes | None) -> None:
+        self.count, self.tp, self.watch, self.nodes = count, tp, watch, nodes
         self._folder = tempfile.TemporaryDirectory(prefix="gossamer-ranks-", ignore_cleanup_errors=True)
         self._processes: list[subprocess.Popen[bytes]] = []
+        """Of this machine's ranks."""
         self._wires: list[Wire] = []
+        self._homes: list[str] = []
+        """What a message says of where each rank is."""
         self._heard: list[float] = []
+        self._gone: set[int] = set()
+        """Ranks that are not listened to any more."""
         self._patience = watch.silence * LOADING_PATIENCE
         self._inbox: queue.SimpleQueue[tuple[int, Message] | None] = queue.SimpleQueue()
         self._lost: GossamerError | None = None
@@ -178,32 +199,31 @@ class _Ranks:
 
     def start(self, spec: dict[str, Any]) -> list[Message]:
         """Launch all ranks and wait until they have loaded their parts; what they say of themselves."""
-        store = os.path.join(self._folder.name, "store")
         try:
-            memories = [_shared_memory(self.tp) for _ in range(self.count // self.tp)]
-            for rank in range(self.count):
-                memory = memories[rank // self.tp]
-                self._launch(rank, spec | {"store": store, "rank": rank, "memory": memory}, memory)
-            for memory in memories:
-                if memory is not None:
-                    os.close(memory)
-            threading.Thread(target=self._watch, name="ranks", daemon=True).start()
-            ready = self._gather(range(self.count), self.watch.step)
+            if self.nodes is None:
+                self._launch(self.count, "lo" if sys.platform == "linux" else None)
+                return self._load(spec | {"store": os.path.join(self._folder.name, "store"), "neighbours": self.tp})
+            with Door(self.nodes, self.count, self.tp, self.watch.silence) as door:
+                network = interface(door.address[0])
+                door.admit()
+            self._launch(door.ranks_here, network)
+            for rank in range(door.ranks_here, self.count):
+                wire, peer = door.admitted[rank]
+                self._attach(wire, f" on {peer}")
+            store = _store(door.address[0])  # it is there until all have met
+            place = {"store": f"tcp://{store.host}:{store.port}", "neighbours": min(self.tp, door.ranks_here)}
+            return self._load(spec | place)
         except BaseException:
+            self._lost = self._lost or EngineError("the ranks of this model could not be started")
             self.kill()
             raise
-        self._patience = self.watch.silence
-        return ready
 
     def ask(self, message: Message, ranks: range | None = None) -> list[Message]:
         """Tell these ranks (None: all) the same; their answers. Raises EngineError when a rank is lost."""
         ranks = ranks or range(self.count)
         self.check()
         for rank in ranks:
-            try:
-                self._wires[rank].send(message)
-            except OSError as error:
-                self._lose(rank, f"cannot be reached ({error})")
+            self._tell(rank, message)
         return self._gather(ranks, self.watch.step, survivable=message.kind == "reserve")
 
     def check(self) -> None:
@@ -213,35 +233,63 @@ class _Ranks:
 
     def kill(self) -> None:
         """End all processes, now. Safe to call twice."""
+        if self._lost is None:
+            self._lost = EngineError("the ranks of this model have been ended")
+            self._dismiss(range(len(self._processes), len(self._wires)))
         self._ended.set()
-        self._lost = self._lost or EngineError("the ranks of this model have been ended")
         self._end_processes()
         for wire in self._wires:
             wire.close()
         self._folder.cleanup()
 
+    def _dismiss(self, ranks: range) -> None:
+        """Tell ranks of other machines that no more will be asked, and give them a moment to go."""
+        for rank in ranks:
+            with contextlib.suppress(OSError):
+                self._wires[rank].send(Message("stop"))
+        deadline = time.monotonic() + SECONDS_TO_END
+        while not self._gone.issuperset(ranks) and time.monotonic() < deadline:
+            time.sleep(0.01)
+
     def _end_processes(self) -> None:
         for process in self._processes:
             process.kill()
+        for wire in self._wires[len(self._processes) :]:
+            wire.cut()
         for process in self._processes:
             process.wait()
 
-    def _launch(self, rank: int, spec: dict[str, Any], memory: int | None) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            passed = (theirs.fileno(), *(() if memory is None else (memory,)))
-            environment = dict(os.environ)
-            if sys.platform == "linux":
-                environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
-            command = [sys.executable, "-m", __package__ + ".rank", str(theirs.fileno()), str(os.getpid())]
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=passed, env=environment
-            )
-        self._processes.append(process)
-        self._wires.append(Wire(ours))
+    def _launch(self, count: int, network: str | None) -> None:
+        """Start the ranks of this machine."""
+        with stage_memories(count, self.tp) as memories:
+            for memory in memories:
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    self._processes.append(start_rank(theirs, memory, network))
+                self._attach(Wire(ours))
+
+    def _attach(self, wire: Wire, home: str = "") -> None:
+        """Listen to the next rank."""
+        self._wires.append(wire)
+        self._homes.append(home)
         self._heard.append(time.monotonic())
+        rank = len(self._wires) - 1
         threading.Thread(target=self._listen, args=(rank,), name=f"rank {rank}", daemon=True).start()
-        self._wires[rank].send(Message("load", spec))
+
+    def _load(self, spec: dict[str, Any]) -> list[Message]:
+        """Have all ranks load their parts, and watch them from then on."""
+        for rank in range(self.count):
+            self._tell(rank, Message("load", spec | {"rank": rank}))
+        threading.Thread(target=self._watch, name="ranks", daemon=True).start()
+        ready = self._gather(range(self.count), self.watch.step)
+        self._patience = self.watch.silence
+        return ready
+
+    def _tell(self, rank: int, message: Message) -> None:
+        try:
+            self._wires[rank].send(message)
+        except OSError as error:
+            self._lose(rank, f"cannot be reached ({error})")
 
     def _listen(self, rank: int) -> None:
         """Take in what a rank says until it is gone."""
@@ -249,6 +297,7 @@ class _Ranks:
             try:
                 message = self._wires[rank].receive()
             except (EOFError, OSError):
+                self._gone.add(rank)
                 self._lose(rank, "has ended")
                 return
             except EngineError as error:
@@ -277,8 +326,9 @@ class _Ranks:
                 self._lost = error  # its own words came after its end was seen
             if self._lost is not None or self._ended.is_set():
                 return
-            self._lost = error or EngineError(f"rank {rank} of {self.count} {why}")
-            logger.error("rank %d of %d %s: all ranks are ended", rank, self.count, why)
+            name = f"rank {rank} of {self.count}{self._homes[rank]}"
+            self._lost = error or EngineError(f"{name} {why}")
+            logger.error("%s %s: all ranks are ended", name, why)
             self._ended.set()
         self._end_processes()
         self._inbox.put(None)
@@ -317,12 +367,9 @@ def _told(rank: int, message: Message) -> GossamerError:
     return kind(f"rank {rank}: {message.value('message', str)}", hint=hint if isinstance(hint, str) else None)
 
 
-def _shared_memory(tp: int) -> int | None:
-    """A descriptor of memory that a stage's ranks sum in; None where that cannot be had, and gloo has to do."""
-    if tp == 1 or not hasattr(os, "memfd_create") or dispatch.isa() == "reference":
-        return None
-    with contextlib.suppress(OSError):
-        memory = os.memfd_create("gossamer-ranks")
-        os.ftruncate(memory, kernels.extension().SharedSum.bytes(tp))
-        return memory
-    return None
+def _store(host: str) -> TCPStore:
+    """Where the ranks of several machines meet, at this address alone."""
+    listener = socket.create_server((host, 0))
+    address, port = listener.getsockname()
+    patience = datetime.timedelta(seconds=SECONDS_TO_MEET)
+    return TCPStore(address, port, None, True, patience, wait_for_workers=False, master_listen_fd=listener.detach())
