@@ -15,7 +15,7 @@ from gossamer.engine import LLM, SamplingParams
 from gossamer.engine.sharded.nodes import Nodes
 from gossamer.errors import EngineError
 
-PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [30, 40, 50, 60, 70]]
+PROMPTS = [[5, 6, 7, 8], [9, 10, 11], [30, 40, 50, 60, 70], list(range(10, 80))]
 GREEDY = SamplingParams(max_tokens=12)
 LONG = SamplingParams(max_tokens=80, min_tokens=80)
 

@@ -68,7 +68,7 @@ def below(process):
 
 
 def test_ranks_that_join_write_what_one_process_does_and_end_with_the_engine(folder, expected):
-    """Two stages, of which the second is another node's."""
+    """Two stages, of which the second is another node's; the prompts are enough for micro-batches."""
     with started(joining("127.0.0.1:29531")) as node:
         llm = LLM(folder, tp=1, pp=2, nodes=Nodes.at(2, "127.0.0.1:29531"))
         assert [list(tokens) for tokens in answers(llm)] == expected

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from ...parallel import Plan
 from ...parallel.wire import Message, Wire
 from ..backend import BLOCK_SIZE, Activations, Backend, Batch, Progress, Weights
 from .identity import identity
+from .micro import micro_batches
 from .nodes import Door, Nodes, interface
 from .process import stage_memories, start_rank
 from .view import plan_checkpoint
@@ -81,6 +83,7 @@ class ShardedBackend(Backend):
         self.plan: Plan = plan_checkpoint(checkpoint, tp, pp)
         self._num_blocks = 0
         self._nodes = 1 if nodes is None else nodes.nnodes
+        self._stages_at_once = min(pp, self._nodes)  # those of one machine share its processors
         self._ranks = _Ranks(tp * pp, tp, watch, nodes)
         self._close = weakref.finalize(self, self._ranks.kill)
         choice = {"backend": backend, "weights": weights, "activations": activations, "kv_cache": kv_cache}
@@ -165,9 +168,13 @@ class ShardedBackend(Backend):
     def _step(self, verb: str, batch: Batch) -> list[tuple[np.ndarray, ...]]:
         """Results of the last stage's ranks."""
         batch.check(self.config, self._num_blocks)
-        arrays = tuple(getattr(batch, field.name) for field in fields(batch))
-        replies = self._ranks.ask(Message("step", {"verb": verb}, arrays))
-        return [replies[rank].arrays for rank in self._last]
+        parts, results = zip(*micro_batches(batch, self._stages_at_once), strict=True)
+        answers = self._ranks.ask_in_turn([_step_message(verb, part) for part in parts])
+        if len(answers) == 1:
+            return [answers[0][rank].arrays for rank in self._last]
+        order = np.argsort(np.concatenate(results))
+        every = (zip(*(answer[rank].arrays for answer in answers), strict=True) for rank in self._last)
+        return [tuple(np.concatenate(each)[order] for each in arrays) for arrays in every]
 
     def _joined(self, parts: list[tuple[np.ndarray, ...]]) -> Tensor:
         return torch.from_numpy(np.concatenate([logits for (logits,) in parts], -1))
@@ -220,11 +227,17 @@ class _Ranks:
 
     def ask(self, message: Message, ranks: range | None = None) -> list[Message]:
         """Tell these ranks (None: all) the same; their answers. Raises EngineError when a rank is lost."""
+        return self.ask_in_turn([message], ranks)[0]
+
+    def ask_in_turn(self, messages: Sequence[Message], ranks: range | None = None) -> list[list[Message]]:
+        """The same for several messages, of which no rank waits for the others to have answered."""
         ranks = ranks or range(self.count)
         self.check()
-        for rank in ranks:
-            self._tell(rank, message)
-        return self._gather(ranks, self.watch.step, survivable=message.kind == "reserve")
+        for message in messages:
+            for rank in ranks:
+                self._tell(rank, message)
+        survivable = all(message.kind == "reserve" for message in messages)
+        return self._gather(ranks, len(messages), self.watch.step, survivable)
 
     def check(self) -> None:
         """Raise EngineError if a rank is lost."""
@@ -281,7 +294,7 @@ class _Ranks:
         for rank in range(self.count):
             self._tell(rank, Message("load", spec | {"rank": rank}))
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
-        ready = self._gather(range(self.count), self.watch.step)
+        (ready,) = self._gather(range(self.count), 1, self.watch.step)
         self._patience = self.watch.silence
         return ready
 
@@ -333,29 +346,33 @@ class _Ranks:
         self._end_processes()
         self._inbox.put(None)
 
-    def _gather(self, ranks: range, seconds: float, survivable: bool = False) -> list[Message]:
-        """An answer of each of these ranks, in their order. Raises what a rank says has failed.
+    def _gather(self, ranks: range, count: int, seconds: float, survivable: bool = False) -> list[list[Message]]:
+        """So many answers of each of these ranks, in their order. Raises what a rank says has failed.
 
         After that all ranks are ended, unless it was `survivable`: they would not be in step any more.
         """
-        found: dict[int, Message] = {}
+        found: dict[int, list[Message]] = {rank: [] for rank in ranks}
         deadline = time.monotonic() + seconds
-        while len(found) < len(ranks):
+        while late := [rank for rank in ranks if len(found[rank]) < count]:
             try:
                 item = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                late = next(rank for rank in ranks if rank not in found)
-                self._lose(late, f"has not answered for {seconds:.0f} s")
+                self._lose(late[0], f"has not answered for {seconds:.0f} s")
                 continue
             if item is not None and item[1].kind == "failed" and not survivable:
                 self._lose(item[0], "failed", _told(*item))  # its own words, also where its end was seen first
             self.check()
             assert item is not None  # else a rank would be lost
-            found[item[0]] = item[1]
+            found[item[0]].append(item[1])
         for rank in ranks:
-            if found[rank].kind == "failed":
-                raise _told(rank, found[rank])
-        return [found[rank] for rank in ranks]
+            for message in found[rank]:
+                if message.kind == "failed":
+                    raise _told(rank, message)
+        return [list(answers) for answers in zip(*(found[rank] for rank in ranks), strict=True)]
+
+
+def _step_message(verb: str, batch: Batch) -> Message:
+    return Message("step", {"verb": verb}, tuple(getattr(batch, field.name) for field in fields(batch)))
 
 
 def _told(rank: int, message: Message) -> GossamerError:
