@@ -59,7 +59,7 @@ soak: SECONDS = 3600
 soak: $(STAMP)  ## engine and server under mixed load with aborts; memory, files and KV blocks stay flat
 	$(BIN)/python tests/soak/soak.py $(SECONDS)
 
-test-engines: $(STAMP)  ## SmolLM2 exported to other engines and run there; makes the engines first, an hour
+test-engines: $(STAMP)  ## exports run in other engines; makes the engines first, an hour
 	$(BIN)/python -m pytest --capture=sys -v tests/engines
 
 sanitize: $(STAMP)  ## kernel and engine tests with checks of every address and of undefined behaviour in C++

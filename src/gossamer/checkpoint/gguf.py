@@ -108,7 +108,7 @@ class GGUFCheckpoint(Checkpoint):
     def _rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Stored bytes of these rows in Hugging Face order: uint8 [stop - start, row_bytes] (a vector: [bytes])."""
         tensor = self._tensors[name]
-        permuted = self._architecture.name == "llama" and (".q_proj." in name or ".k_proj." in name)
+        permuted = self._architecture.pairs and (".q_proj." in name or ".k_proj." in name)
         if len(tensor.shape) == 1:
             if permuted:  # the bias of permuted rows: one number per row
                 itemsize = tensor.nbytes // tensor.shape[0]
@@ -264,7 +264,7 @@ class GGUFCheckpoint(Checkpoint):
         turned = meta.integer(f"{arch}.rope.dimension_count")
         head_dim = meta.integer(f"{arch}.attention.key_length", turned if arch == "llama" else default) or default
         keys = ("rope.dimension_count", "attention.key_length", "attention.value_length")
-        for key in keys if arch not in ("phi3", "gptneox") else keys[1:]:
+        for key in keys[1:] if self._architecture.partial else keys:
             if meta.integer(f"{arch}.{key}", head_dim) != head_dim:
                 raise UnsupportedModel(f"{self.path}: {arch}.{key} differs from the head width {head_dim}")
         return head_dim
@@ -289,7 +289,7 @@ class GGUFCheckpoint(Checkpoint):
         factor = meta.number(f"{prefix}.scaling.factor", meta.number(f"{prefix}.scale_linear", 0.0))
         if kind == "none" or (kind == "linear" and factor in {0.0, 1.0}):
             return scaling or {}
-        if kind == "linear" and scaling is None and self._architecture.scalings:
+        if kind == "linear" and scaling is None and "linear" in self._architecture.scalings:
             return {"rope_type": "linear", "factor": _short(factor)}
         twice = "" if scaling is None else f" by {factor} on top of {_ROPE_FREQS}"
         raise UnsupportedModel(

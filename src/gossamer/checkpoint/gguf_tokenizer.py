@@ -22,6 +22,7 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_BLOOM = " ?[^(\\s|[.,!?\u2026\u3002\uff0c\u3001\u0964\u06d4\u060c])]+"
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:
@@ -57,6 +58,8 @@ def _default() -> pre_tokenizers.PreTokenizer:
 PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "default": _default,
     "gpt-2": _byte_level,
+    "mpt": _byte_level,
+    "olmo": _byte_level,
     "smollm": _digits,
     "starcoder": _digits,
     "refact": _digits,
@@ -66,9 +69,14 @@ PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "llama-v3": lambda: _pattern(_LLAMA3),
     "qwen2": lambda: _pattern(_QWEN2),
     "stablelm2": lambda: _pattern(_QWEN2),
+    "dbrx": lambda: _pattern(_LLAMA3),
+    "bloom": lambda: _pattern(_BLOOM),
 }
 """`tokenizer.ggml.pre` -> how text is split before merging."""
-_LLAMA3_NAMES = {"llama-bpe", "llama3", "llama-v3"}
+COMPOSED = {"qwen2", "mpt", "olmo"}
+"""Names of tokenizers that bring text to Unicode's composed form (NFC) first; mpt and olmo are GPT-NeoX's."""
+WHOLE_WORDS = {"llama-bpe", "llama3", "llama-v3"}
+"""Names of tokenizers that take a word of the vocabulary as it is, whatever the merges say."""
 
 
 def tokenizer_from_gguf(metadata: Metadata, vocab_size: int, path: Path) -> Tokenizer:
@@ -88,7 +96,7 @@ def tokenizer_from_gguf(metadata: Metadata, vocab_size: int, path: Path) -> Toke
     backend = builders[kind](metadata, named, types, path)
     roles = _roles(metadata, named)
     pre = metadata.text("tokenizer.ggml.pre")
-    add_bos = metadata.flag("tokenizer.ggml.add_bos_token", kind == "llama" or pre in _LLAMA3_NAMES)
+    add_bos = metadata.flag("tokenizer.ggml.add_bos_token", kind == "llama" or pre in WHOLE_WORDS)
     with_template(backend, roles, bos=add_bos, eos=metadata.flag("tokenizer.ggml.add_eos_token", False))
     ends = [
         roles.get("eos"),
@@ -116,10 +124,10 @@ def _byte_level_bpe(metadata: Metadata, tokens: list[str], types: list[int], pat
 
     def build() -> tokenizers.Tokenizer:
         vocabulary = {text: number for number, text in enumerate(tokens)}
-        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in _LLAMA3_NAMES))
+        backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre in WHOLE_WORDS))
         backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
         backend.decoder = decoders.ByteLevel()
-        if pre == "qwen2":
+        if pre in COMPOSED:
             backend.normalizer = normalizers.NFC()
         special = {CONTROL: True, UNKNOWN: True, USER_DEFINED: False}
         backend.add_tokens(

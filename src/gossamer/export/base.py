@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeAlias
 
@@ -22,6 +22,8 @@ Progress: TypeAlias = Callable[[str, int, int], None]
 """progress(label, done, total)."""
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """Name of a layout of floats -> dtype."""
+FOLDER = "gossamer convert makes a folder that transformers loads"
+"""The way out where no target is."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ class Export(abc.ABC):
     """Which engine can run it, as `engines.py` names it."""
     families: ClassVar[tuple[str, ...]] = ("llama", "mistral")
     """Families of models that are written."""
+    unknown: ClassVar[str] = "is not written for other engines"
+    """What is to be said of another family."""
     one_file: ClassVar[bool] = False
     """The output is a file, not a folder."""
 
@@ -66,8 +70,8 @@ class Export(abc.ABC):
         self.checkpoint, self.options = checkpoint, options
         if checkpoint.config.family not in self.families:
             raise ExportError(
-                f"{self.target}: a {checkpoint.config.family} ({checkpoint.name}) is not written for other engines",
-                hint=f"written for {self.target} are " + ", ".join(self.families),
+                f"{self.target}: the family {checkpoint.config.family} ({checkpoint.name}) {self.unknown}",
+                hint=f"written for {self.target} are {', '.join(self.families)}; {FOLDER}",
             )
         self.layout = (options.layout or self.layouts[0]).lower()
         if self.layout not in self.layouts:
@@ -82,6 +86,10 @@ class Export(abc.ABC):
     @abc.abstractmethod
     def reader(self, path: Path) -> Reader:
         """What was written, ready to be compared."""
+
+    def same(self, name: str, ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+        """True if what was read back is this tensor, bit by bit."""
+        return torch.equal(ours, theirs)
 
     def round_or_refuse(self, name: str, why: str, way_out: str) -> None:
         """Note that this tensor is rounded if that is allowed. Raises ExportError naming it and the way out."""
@@ -113,8 +121,8 @@ def stored_of(checkpoint: Checkpoint, name: str) -> dict[str, torch.Tensor]:
 
 
 def is_uniform(checkpoint: Checkpoint) -> bool:
-    """True if all layers have the same shape."""
-    return len(set(checkpoint.config.layers)) == 1
+    """True if all layers have the same shape; what they see and how they are turned may differ."""
+    return len({replace(layer, window=None, rope=None) for layer in checkpoint.config.layers}) == 1
 
 
 def refuse_ragged(checkpoint: Checkpoint, target: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..checkpoint import Tokenizer
 from ..checkpoint.gguf_header import Metadata
-from ..checkpoint.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
+from ..checkpoint.gguf_tokenizer import COMPOSED, PRE_TOKENIZERS, WHOLE_WORDS, tokenizer_from_gguf
 from ..checkpoint.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from ..errors import ExportError, GossamerError
 
@@ -122,10 +122,11 @@ def _around(tokenizer: Tokenizer) -> dict[str, bool]:
 
 def _pre(data: Mapping[str, Any]) -> str:
     """llama.cpp's name for how text is split before merging."""
-    wanted = _comparable(data["pre_tokenizer"])
+    wanted, whole_words = _comparable(data["pre_tokenizer"]), data["model"].get("ignore_merges", False)
     normalizer = None if data["normalizer"] is None else data["normalizer"]["type"]
     for name, build in PRE_TOKENIZERS.items():
-        if _comparable(_state(build())) == wanted and normalizer == ("NFC" if name == "qwen2" else None):
+        around = (normalizer, whole_words) == ("NFC" if name in COMPOSED else None, name in WHOLE_WORDS)
+        if around and _comparable(_state(build())) == wanted:
             return name
     raise ExportError(
         f"gguf: llama.cpp has no name for how this tokenizer splits text: {json.dumps(data['pre_tokenizer'])[:200]}",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from ..checkpoint import Checkpoint
+from ..checkpoint.gguf_architectures import WRITTEN
 from ..errors import ExportError
 from ..formats import Dense
-from .base import Options, holds
+from .base import Export, Options, holds
 from .gguf import GGUFExport
 
 
@@ -17,6 +18,8 @@ class OpenVINOExport(GGUFExport):
     target = "openvino"
     layouts = ("stored", "f32", "f16", "q8_0", "q4_1", "q4_0")
     engine = "openvino"
+    families = ("llama", "mistral")
+    unknown = Export.unknown
     kinds = ("F32", "F16", "Q4_0", "Q4_1", "Q8_0")
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
@@ -24,7 +27,7 @@ class OpenVINOExport(GGUFExport):
         config, first = checkpoint.config, checkpoint.config.layers[0]
         if len({(layer.num_heads, layer.num_kv_heads) for layer in config.layers}) > 1:
             raise ExportError("openvino: layers differ in heads, which it cannot read", hint="--to gguf: llama.cpp can")
-        self.architecture = "llama"  # it takes the width of a layer from its weights
+        self.row = WRITTEN["llama"]  # it takes the width of a layer from its weights
         if first.q_size != config.hidden_size:
             raise ExportError(
                 f"openvino: {first.num_heads} heads of {first.head_dim} are not the {config.hidden_size} of the model, "
