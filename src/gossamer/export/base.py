@@ -17,6 +17,7 @@ import torch
 from ..checkpoint import Checkpoint
 from ..errors import ExportError, UnknownName
 from ..formats import Dense, Format, Sparse
+from ..model import FAMILIES
 
 Progress: TypeAlias = Callable[[str, int, int], None]
 """progress(label, done, total)."""
@@ -143,7 +144,12 @@ def holds(checkpoint: Checkpoint, name: str, dtype: torch.dtype) -> bool:
     return torch.equal(tensor.to(dtype).float(), tensor)
 
 
+def in_block(checkpoint: Checkpoint, name: str) -> bool:
+    """True for a tensor of a block."""
+    return name.startswith(FAMILIES[checkpoint.config.family].block.partition("{")[0])
+
+
 def linear_formats(checkpoint: Checkpoint) -> dict[str, Format]:
     """Name -> format of every matrix inside the blocks, in the model's order."""
-    names = (name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2 and ".layers." in name)
+    names = (name for name in checkpoint.names() if len(checkpoint.shape(name)) == 2 and in_block(checkpoint, name))
     return {name: form_of(checkpoint, name) for name in names}

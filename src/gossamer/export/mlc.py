@@ -6,7 +6,8 @@
     NAME.q_weight      uint32 [out, words], codes from 0, the first column's in the low bits
     NAME.q_scale       float [out, groups]; the weight is (code - 7) * scale, for 3 bits (code - 3) * scale
 Those are codes from -7 to 8. Ours, from -8 to 7, are said by turning the sign of code and scale, which loses nothing.
-q, k, v are one matrix in the file, and so are gate and up. Only the layout can be checked here: no engine is driven.
+q, k, v are one matrix in the file, and so are gate and up; what families call them is in mlc_families.py. Only the
+layout can be checked here: no engine is driven.
 """
 
 from __future__ import annotations
@@ -30,18 +31,14 @@ from ..checkpoint.save import write_companions
 from ..errors import ExportError
 from ..formats import Dense, Integer
 from ..model import FAMILIES
-from .base import Export, Options, Progress, form_of, holds, linear_formats, refuse_ragged, stored_of
+from .base import FOLDER, Export, Options, Progress, form_of, holds, in_block, linear_formats, refuse_ragged, stored_of
 from .grids import divides, spread, steps
+from .mlc_families import MLC_FAMILIES, misread, parameters
 
 SHARD_BYTES = 32 << 20
 INDEX = "tensor-cache.json"
 OLD_INDEX = "ndarray-cache.json"
 """The same content under the name that older runtimes look for."""
-FUSED = {
-    "self_attn.q_proj": ("self_attn.qkv_proj", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    "mlp.gate_proj": ("mlp.gate_up_proj", ("mlp.gate_proj", "mlp.up_proj")),
-}
-PARTS = ("self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj")
 CHATML = "<|im_start|>user\nA<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -86,13 +83,14 @@ class MLCExport(Export):
 
     target = "mlc"
     layouts = ("stored", *LAYOUTS)
+    families = tuple(MLC_FAMILIES)
+    unknown = "is not written for it: it has no OPT and no BLOOM, and of Gemma no soft caps or but one kind of layer"
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         super().__init__(checkpoint, options)
         refuse_ragged(checkpoint, self.target)
-        config = checkpoint.config
-        if config.activation != "silu" or config.layers[0].biases or config.layers[0].window:
-            raise ExportError(f"{self.target}: only models with silu, without biases and sliding windows are written")
+        for why in misread(checkpoint.config):
+            raise ExportError(f"{self.target}: {checkpoint.config.family}: {why}", hint=FOLDER)
         if self.layout == "stored":
             self.layout = self._chosen()
         self.how = LAYOUTS[self.layout]
@@ -101,7 +99,8 @@ class MLCExport(Export):
 
     def write(self, path: Path, progress: Progress) -> None:
         write_companions(path, self.checkpoint)
-        params = [param for name in self.checkpoint.names() for param in self._params(name)]
+        places = parameters(self.checkpoint.config)
+        params = [param for place, names in places.items() for param in self._params(place, names)]
         records = list(_write_shards(path, params, progress))
         size = sum(record["nbytes"] for record in records)
         count = self.checkpoint.parameters()
@@ -129,20 +128,26 @@ class MLCExport(Export):
         """True if a layout holds every tensor as it is."""
         self.how = LAYOUTS[layout]
         return all(
-            self._exact_codes(n) is not None if self._quantized(n) else holds(self.checkpoint, n, self.how.dtype)
+            self._exact_codes(n) is not None if self._quantized(n) else holds(self.checkpoint, n, self._dtype(n))
             for n in self.checkpoint.names()
         )
 
     def _quantized(self, name: str) -> bool:
         if not self.how.bits or len(self.checkpoint.shape(name)) != 2:
             return False
-        return self.how.ends or ".layers." in name
+        return self.how.ends or in_block(self.checkpoint, name)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        """That of a tensor which is not quantized."""
+        family = FAMILIES[self.checkpoint.config.family]
+        wide = [family.modules[role] for role in MLC_FAMILIES[family.name].wide]
+        return torch.float32 if name.endswith(tuple(f"{module}.bias" for module in wide)) else self.how.dtype
 
     def _check(self, name: str) -> None:
         if not self._quantized(name):
-            if not holds(self.checkpoint, name, self.how.dtype):
+            if not holds(self.checkpoint, name, self._dtype(name)):
                 way_out = "--layout q4f32_1 or q0f32, or a recipe with float embedding and head"
-                self.round_as_asked(name, f"is not exact in {_NAMES[self.how.dtype]}", way_out)
+                self.round_as_asked(name, f"is not exact in {_NAMES[self._dtype(name)]}", way_out)
             return
         if self._exact_codes(name) is None:
             way_out = "symmetric 4-bit integers in groups of a multiple of 32 are held (int4-rtn, int4-gptq)"
@@ -185,26 +190,21 @@ class MLCExport(Export):
         codes = (grouped / safe.unsqueeze(-1)).round().clamp(-_middle(how.bits), _middle(how.bits))
         return (codes + _middle(how.bits)).flatten(1), scale
 
-    def _params(self, name: str) -> Iterator[_Param]:
-        """What stores a tensor: nothing for a part of a fused one that an earlier part stands for."""
-        module = name.removesuffix(".weight")
-        if module.endswith(PARTS):
-            return
-        fused = next((v for k, v in FUSED.items() if module.endswith(k)), None)
-        names = [name] if fused is None else [name.replace(fused[1][0], part) for part in fused[1]]
-        module = module if fused is None else module.replace(fused[1][0], fused[0])
+    def _params(self, place: str, names: Sequence[str]) -> Iterator[_Param]:
+        """What stores the tensors that lie in a parameter."""
+        name, module = names[0], place.removesuffix(".weight")
         rows = sum(self.checkpoint.shape(n)[0] for n in names)
         if not self._quantized(name):
-            shape = (rows, *self.checkpoint.shape(name)[1:])
-            yield _Param(f"{module}.weight", self.how.dtype, shape, partial(self._floats, names))
+            shape, dtype = (rows, *self.checkpoint.shape(name)[1:]), self._dtype(name)
+            yield _Param(place, dtype, shape, partial(self._floats, names, dtype))
             return
         groups = math.ceil(self.checkpoint.shape(name)[1] / self.how.group)
         words = groups * self.how.group // (32 // self.how.bits)
         yield _Param(f"{module}.q_weight", torch.uint32, (rows, words), partial(self._words, names))
         yield _Param(f"{module}.q_scale", self.how.dtype, (rows, groups), partial(self._scales, names))
 
-    def _floats(self, names: Sequence[str]) -> Tensor:
-        return torch.cat([self.checkpoint.tensor(name).to(self.how.dtype) for name in names])
+    def _floats(self, names: Sequence[str], dtype: torch.dtype) -> Tensor:
+        return torch.cat([self.checkpoint.tensor(name).to(dtype) for name in names])
 
     def _words(self, names: Sequence[str]) -> Tensor:
         each = 32 // self.how.bits
@@ -216,28 +216,15 @@ class MLCExport(Export):
         return torch.cat([self._codes(name)[1] for name in names]).to(self.how.dtype)
 
     def _chat_config(self, folder: Path) -> dict[str, Any]:
-        hf, config = self.checkpoint.hf_config, self.checkpoint.config
-        first, generation = config.layers[0], read_json(folder / "generation_config.json")
+        config, generation = self.checkpoint.config, read_json(folder / "generation_config.json")
         size = {
             "context_window_size": config.max_positions,
             "prefill_chunk_size": min(config.max_positions, 2048),
             "tensor_parallel_shards": 1,
         }
-        model_config = {
-            "hidden_size": config.hidden_size,
-            "intermediate_size": first.ffn_width,
-            "num_attention_heads": first.num_heads,
-            "num_key_value_heads": first.num_kv_heads,
-            "head_dim": first.head_dim,
-            "num_hidden_layers": config.num_layers,
-            "rms_norm_eps": config.norm_eps,
-            "vocab_size": config.vocab_size,
-            "tie_word_embeddings": config.tie_embeddings,
-            "position_embedding_base": config.rope.theta,
-            "rope_scaling": None if config.rope.kind == "default" else hf["rope_parameters"],
-            "max_batch_size": 128,
-            **size,
-        }
+        model_config = {**MLC_FAMILIES[config.family].settings(config), "max_batch_size": 128, **size}
+        if config.rope.kind == "llama3":
+            model_config["rope_scaling"] = self.checkpoint.hf_config["rope_parameters"]
         files = [n for n in ("tokenizer.json", "tokenizer_config.json") if (folder / n).exists()]
         return {
             "version": "0.1.0",
@@ -274,6 +261,13 @@ class MLCReader:
     def __init__(self, folder: Path, checkpoint: Checkpoint) -> None:
         self.name = "the container's index and a formula of its own"
         self._folder, self._checkpoint = folder, checkpoint
+        self._places: dict[str, tuple[str, int, int]] = {}
+        for place, names in parameters(checkpoint.config).items():
+            first = 0
+            for name in names:
+                last = first + checkpoint.shape(name)[0]
+                self._places.setdefault(name, (place, first, last))
+                first = last
         self._records: dict[str, tuple[str, dict[str, Any]]] = {}
         for shard in read_json(folder / INDEX, 1 << 28)["records"]:
             if hashlib.md5((folder / shard["dataPath"]).read_bytes()).hexdigest() != shard["md5sum"]:
@@ -283,9 +277,10 @@ class MLCReader:
         self._how = LAYOUTS[read_json(folder / "mlc-chat-config.json")["quantization"]]
 
     def weight(self, name: str) -> Tensor:
-        module, first, last = self._place(name.removesuffix(".weight"))
-        if f"{module}.weight" in self._records:
-            return self._array(f"{module}.weight")[first:last].float()
+        place, first, last = self._places[name]
+        if place in self._records:
+            return self._array(place)[first:last].float()
+        module = place.removesuffix(".weight")
         words = self._array(f"{module}.q_weight")[first:last].long()
         scale = self._array(f"{module}.q_scale")[first:last].float()
         base, each = 1 << self._how.bits, 32 // self._how.bits
@@ -295,15 +290,6 @@ class MLCReader:
             code = words[:, column // each] // base ** (column % each) % base
             weight[:, column] = (code - (base // 2 - 1)) * scale[:, column // self._how.group]
         return weight
-
-    def _place(self, module: str) -> tuple[str, int, int | None]:
-        """Name in the file, and the rows of it that are this module's."""
-        for fused, parts in FUSED.values():
-            for i, part in enumerate(parts):
-                if module.endswith(part):
-                    sizes = [self._checkpoint.shape(f"{module.replace(part, p)}.weight")[0] for p in parts]
-                    return module.replace(part, fused), sum(sizes[:i]), sum(sizes[: i + 1])
-        return module, 0, None
 
     def _array(self, name: str) -> Tensor:
         file, record = self._records[name]
