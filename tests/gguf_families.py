@@ -53,9 +53,10 @@ def make_model(folder: Path, name: str, **config: Any) -> Any:
         return tiny_families.make_family(folder, name)
 
 
-def make_rounded(folder: Path, name: str, **stage: Any) -> Path:
-    """A tiny model whose layers are rounded to nearest as the stage says."""
-    make_model(folder.with_name(f"{folder.name}-float"), name)
+def make_rounded(folder: Path, name: str, config: dict[str, Any] | None = None, **stage: Any) -> Path:
+    """A tiny model in bfloat16 whose layers are rounded to nearest as the stage says."""
+    source = folder.with_name(f"{folder.name}-float")
+    make_model(source, name, **(config or {})).bfloat16().save_pretrained(source)
     recipe = {"version": 1, "name": "rounded", "stages": [{"method": "rtn", **stage}]}
-    compress(open_checkpoint(folder.with_name(f"{folder.name}-float")), parse_recipe(recipe, "test"), folder)
+    compress(open_checkpoint(source), parse_recipe(recipe, "test"), folder)
     return folder

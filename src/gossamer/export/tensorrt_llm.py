@@ -11,6 +11,7 @@ activations that no recipe measures. Only the layout can be checked here: no eng
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, Entry, write_file
 from ..errors import ExportError
 from ..formats import Codebook, Dense, Format
-from .base import FLOATS, Options, Progress, form_of, linear_formats, stored_of
+from ..model import ModelConfig
+from .base import FLOATS, FOLDER, Options, Progress, form_of, linear_formats, stored_of
 from .folders import FolderExport, FolderReader, lazy, one_grid
 from .grids import as_half
 
@@ -33,9 +35,12 @@ class TensorRTExport(FolderExport):
 
     target = "tensorrt-llm"
     layouts = ("stored", "f16", "bf16")
-    families = ("llama", "mistral")
+    families = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+    unknown = "is not written for it: of Phi-3 it loads floats only, as gossamer convert saves them, others it has not"
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
+        for why in misread(checkpoint.config):
+            raise ExportError(f"{self.target}: {why}", hint=FOLDER)
         formats = linear_formats(checkpoint)
         self.form: Format = next(iter(formats.values()))
         self.algorithm = None if (options.layout or "stored") in FLOATS else self._algorithm(checkpoint)
@@ -108,6 +113,18 @@ class TensorRTExport(FolderExport):
 
     def _codes(self, name: str) -> Any:
         return form_of(self.checkpoint, name).codes(stored_of(self.checkpoint, name))
+
+
+def misread(config: ModelConfig) -> Iterator[str]:
+    """What its models of other families than LLaMA and Mistral pass over."""
+    if config.family in ("qwen2", "qwen3") and any(layer.window for layer in config.layers):
+        yield f"its {config.family} has no sliding window"
+    if config.family in ("qwen2", "qwen3") and config.rope.kind != "default":
+        yield f"its {config.family} knows no rotary scaling {config.rope.kind}"
+    if config.family == "gemma3_text" and (config.attention_softcap or config.final_softcap):
+        yield "its gemma3_text has no soft cap"
+    if config.family == "gemma3_text" and any(layer.biases for layer in config.layers):
+        yield "its gemma3_text has no biases"
 
 
 def pack_rows(codes: Tensor) -> Tensor:

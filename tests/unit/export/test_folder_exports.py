@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from exports import make_artifact, run_export
+from gguf_families import make_model, make_rounded
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.load import load_decoder
 from gossamer.errors import ExportError, ProofFailed, UnknownName
@@ -223,6 +224,42 @@ def test_tensorrt_says_which_layout_it_is(tmp_path) -> None:
         assert (said["quant_algo"], said["kv_cache_quant_algo"]) == (algorithm, None)
         assert said["exclude_modules"] == ["lm_head"]
         assert "quantization_config" not in json.loads((tmp_path / algorithm / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "stage", [{"bits": 4, "group_size": 64}, {"format": "fp8"}, None], ids=["int4", "fp8", "dense"]
+)
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma3_text"])
+def test_tensorrt_takes_other_families(tmp_path, name, stage) -> None:
+    wide, model = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128}, tmp_path / "m"
+    if stage is None:
+        make_model(model, name, **wide)
+    else:
+        make_rounded(model, name, wide, **stage)
+    record = run_export(model, "tensorrt-llm", tmp_path / "out")
+    assert record["weights"]["max_abs_error"] == 0.0
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    architecture = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}.get(name, "Gemma3ForCausalLM")
+    assert (said["model_type"], said["architectures"]) == (name, [architecture])
+    assert (tmp_path / "out" / "hf_quant_config.json").exists() == (stage is not None)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "why"),
+    [
+        ("qwen2-window", {}, "qwen2 has no sliding window"),
+        ("qwen2-scaled", {}, "qwen2 knows no rotary scaling linear"),
+        ("gemma3_text-untied", {}, "gemma3_text has no soft cap"),
+        ("gemma3_text", {"attention_bias": True}, "gemma3_text has no biases"),
+        ("phi3", {}, "phi3 .* floats only"),
+        ("gpt2", {}, "gpt2 .* not written"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tensorrt_refuses_what_its_models_pass_over(tmp_path, name, config, why) -> None:
+    make_model(tmp_path / "m", name, **config)
+    with pytest.raises(ExportError, match=why):
+        run_export(tmp_path / "m", "tensorrt-llm", tmp_path / "out")
 
 
 def test_openvino_takes_no_bfloat16_and_no_other_heads(tmp_path) -> None:
