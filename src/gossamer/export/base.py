@@ -129,9 +129,10 @@ def is_uniform(checkpoint: Checkpoint) -> bool:
 def refuse_ragged(checkpoint: Checkpoint, target: str) -> None:
     """Raises ExportError if layers differ in shape, which almost no other engine can read."""
     if not is_uniform(checkpoint):
+        deci = checkpoint.config.family in ("llama", "mistral")
         raise ExportError(
             f"{target}: the layers of {checkpoint.name} differ in heads or width, which it cannot read",
-            hint="--to gguf writes them for llama.cpp (architecture deci)",
+            hint="--to gguf writes them for llama.cpp (architecture deci)" if deci else None,
         )
 
 

@@ -31,6 +31,7 @@ class TransformersExport(FolderExport):
     """A folder that transformers loads."""
 
     target = "transformers"
+    some_windows = True
     layouts = ("stored", *FLOATS)
     engine = "transformers"
 
@@ -75,6 +76,7 @@ class VLLMExport(TransformersExport):
     """A folder that vLLM loads."""
 
     target = "vllm"
+    some_windows = False
     engine = "vllm"
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:

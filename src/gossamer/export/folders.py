@@ -25,10 +25,17 @@ class FolderExport(Export):
     """A model folder of safetensors with one quantization_config."""
 
     families: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")
+    some_windows: ClassVar[bool] = False
+    """Only some layers may have a sliding window."""
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:
         super().__init__(checkpoint, options)
         refuse_ragged(checkpoint, self.target)
+        if not self.some_windows and len({layer.window for layer in checkpoint.config.layers}) > 1:
+            raise ExportError(
+                f"{self.target}: only some layers of {checkpoint.name} have a sliding window, which it cannot read",
+                hint="--to transformers takes them",
+            )
         checkpoint.tokenizer()  # which raises TokenizerError if there is none
         self.dtype = FLOATS.get(self.layout, checkpoint.dtype)
         for name in checkpoint.names():

@@ -36,6 +36,7 @@ class TensorRTExport(FolderExport):
     target = "tensorrt-llm"
     layouts = ("stored", "f16", "bf16")
     families = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+    some_windows = True
     unknown = "is not written for it: of Phi-3 it loads floats only, as gossamer convert saves them, others it has not"
 
     def __init__(self, checkpoint: Checkpoint, options: Options) -> None:

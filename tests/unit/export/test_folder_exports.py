@@ -292,6 +292,14 @@ def test_a_packer_that_makes_a_mistake_is_caught_and_leaves_nothing(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
+def test_windows_of_some_layers_go_where_they_are_read(tmp_path) -> None:
+    make_model(tmp_path / "m", "qwen2-window")
+    record = run_export(tmp_path / "m", "transformers", tmp_path / "out", proving=Proving())
+    assert (record["engine"]["tokens"], record["engine"]["agree"]) == (48, 48)
+    with pytest.raises(ExportError, match=r"only some layers .* sliding window"):
+        run_export(tmp_path / "m", "vllm", tmp_path / "v")
+
+
 def test_transformers_itself_runs_the_folder(tmp_path) -> None:
     model = make_artifact(tmp_path / "m", Integer(4, 32))
     record = run_export(model, "transformers", tmp_path / "out", proving=Proving())

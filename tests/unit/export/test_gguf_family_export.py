@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +18,7 @@ from gguf_tokenizers import BLOOM, TOKENIZERS, gemma_tokenizer, split, split_by
 from gossamer.checkpoint import open_checkpoint
 from gossamer.checkpoint.gguf_architectures import ARCHITECTURES, WRITTEN, misread, tensors_of
 from gossamer.checkpoint.load import load_decoder
-from gossamer.errors import ExportError, ProofFailed
+from gossamer.errors import CorruptCheckpoint, ExportError, ProofFailed
 from gossamer.export import gguf as writer
 from gossamer.model import tensor_names
 
@@ -65,6 +66,18 @@ def test_layers_in_one_tensor_keep_their_codes(tmp_path, name) -> None:
     assert run_export(model, "gguf", tmp_path / "m.gguf")["weights"]["max_abs_error"] == 0.0
     assert {kinds(tmp_path / "m.gguf")[f"blk.{i}.attn_qkv.weight"] for i in range(3)} == {"Q4_0"}
     assert_same(model, tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma2-scaled", "phi3-half", "gpt2-untied", "gpt_neox-sequential", "bloom"])
+def test_a_file_that_is_read_and_written_again_is_the_same(tmp_path, name) -> None:
+    run_export(make_rounded(tmp_path / "m", name, **INT4), "gguf", tmp_path / "a.gguf")
+    run_export(tmp_path / "a.gguf", "gguf", tmp_path / "b.gguf")
+    first, second = (gguf.GGUFReader(tmp_path / file) for file in ("a.gguf", "b.gguf"))
+    for ours, theirs in zip(first.tensors, second.tensors, strict=True):
+        assert (ours.name, ours.tensor_type) == (theirs.name, theirs.tensor_type)
+        assert np.array_equal(ours.data, theirs.data)
+    told = {key for key in first.fields if first.fields[key].contents() != second.fields[key].contents()}
+    assert told == {"general.name", "gossamer.fingerprint"}
 
 
 def test_layers_of_other_types_get_the_smallest_that_holds_each(tmp_path) -> None:
@@ -205,6 +218,16 @@ def test_a_pattern_of_layers_may_be_a_number(tmp_path, monkeypatch) -> None:
     run_export(tmp_path / "m", "gguf", tmp_path / "m.gguf")
     layers = open_checkpoint(tmp_path / "m.gguf").config.layers
     assert [layer.window for layer in layers] == [16, None, 16]
+
+
+@pytest.mark.parametrize("value", [0, "two", 2.5, [True, False], [1, 0, 1, 0], ["a", "b", "c"]], ids=str)
+def test_a_pattern_of_layers_that_makes_no_sense_is_an_error(tmp_path, monkeypatch, value) -> None:
+    make_model(tmp_path / "m", "gemma2")
+    row, key = ARCHITECTURES["gemma2"], "attention.sliding_window_pattern"
+    monkeypatch.setitem(WRITTEN, "gemma2", replace(row, says=lambda config: {**row.says(config), key: value}))
+    run_export(tmp_path / "m", "gguf", tmp_path / "m.gguf")
+    with pytest.raises(CorruptCheckpoint, match=r"m\.gguf"):
+        open_checkpoint(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("pre", TOKENIZERS)
