@@ -187,6 +187,16 @@ def test_rotary_positions_that_an_architecture_does_not_know_are_refused(tmp_pat
         assert any(f"no rotary scaling {kind}" in why for why in misread(row, scaled)) != (kind in known)
 
 
+def test_the_largest_gemma_divides_scores_otherwise(tmp_path) -> None:
+    """llama.cpp knows it by its 46 layers, and takes hidden_size / num_attention_heads there."""
+    make_model(tmp_path / "m", "gemma2", head_dim=24, query_pre_attn_scalar=24)
+    config = open_checkpoint(tmp_path / "m").config
+    large = replace(config, layers=config.layers[:1] * 46)
+    assert not list(misread(WRITTEN["gemma2"], config))
+    assert [why for why in misread(WRITTEN["gemma2"], large) if "root of 16, this model by that of 24" in why]
+    assert not list(misread(WRITTEN["gemma2"], replace(large, query_scale=16**-0.5)))
+
+
 def test_layers_of_different_shapes_are_refused_where_an_architecture_has_one(tmp_path) -> None:
     make_model(tmp_path / "m", "qwen2")
     said = json.loads((tmp_path / "m" / "config.json").read_text())
