@@ -31,6 +31,8 @@ for line in server.getresponse():
 """
 SECONDS = 240
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -119,7 +121,6 @@ def test_two_hosts_agree_with_one_process_over_a_slow_link_and_a_cut_ends_both(f
                 node.kill()
 
 
-@pytest.mark.slow
 def test_a_server_whose_node_is_cut_off_tells_its_client_and_serves_again_when_another_joins(tmp_path):
     changes = {"num_hidden_layers": 2, "max_position_embeddings": 4096}
     folder = write_model(tmp_path / "model", Integer(4, 16), **changes)
