@@ -31,7 +31,7 @@ from gossamer.compress.calibration import calibrate
 from gossamer.compress.pipeline import compress
 from gossamer.compress.recipe import CalibrationSpec, parse_recipe
 from gossamer.engine.backend import choose
-from gossamer.errors import GossamerError
+from gossamer.errors import CompressionError
 from gossamer.measure.corpus import load_corpus
 from gossamer.measure.plans import WindowPlan
 from gossamer.measure.records import machine_block
@@ -45,6 +45,7 @@ WINDOWS = WindowPlan(context=SIZE.context, stride=SIZE.context, scored=SIZE.cont
 ROUNDS = 5
 SEQUENCES = 64
 """Of SIZE.context tokens, for every method that calibrates."""
+STRUCTURED = ("wanda-sp", "flap", "llm-pruner")
 Stage = Mapping[str, Any]
 
 
@@ -53,7 +54,9 @@ def _grid(bits: int) -> dict[str, Any]:
 
 
 ROWS: dict[str, Stage] = {
-    **{f"{method}-20": {"method": method, "ratio": 0.2} for method in ("wanda-sp", "flap", "llm-pruner")},
+    **{f"{method}-20": {"method": method, "ratio": 0.2} for method in STRUCTURED},
+    **{f"{method}-20-ffn": {"method": method, "ratio": 0.2, "heads": "keep"} for method in STRUCTURED},
+    "flap-20-ffn-even": {"method": "flap", "ratio": 0.2, "heads": "keep", "uniform": True},
     **{f"{method}-50": {"method": method, "sparsity": 0.5} for method in ("magnitude", "wanda", "sparsegpt")},
     **{
         f"{method}-{bits}": {"method": method, **_grid(bits)} for bits in (8, 4, 3) for method in ("rtn", "gptq", "awq")
@@ -63,7 +66,10 @@ ROWS: dict[str, Stage] = {
     "smoothquant-8": {"method": "smoothquant"},
     "slicegpt-20": {"method": "slicegpt", "ratio": 0.2},
 }
-"""Name -> the one stage; embedding and head stay in float."""
+"""Name -> the one stage; embedding and head stay in float.
+
+`ffn`: heads stay, and as much goes from channels alone. `even`: from every layer alike, as Wanda-SP cuts.
+"""
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,12 @@ ORDERS = (
     Order("FLAP < Wanda-SP", "flap-20", "wanda-sp-20"),
     Order("FLAP < LLM-Pruner", "flap-20", "llm-pruner-20"),
     Order("LLM-Pruner < Wanda-SP", "llm-pruner-20", "wanda-sp-20"),
+    Order("FLAP < Wanda-SP, channels alone", "flap-20-ffn", "wanda-sp-20-ffn"),
+    Order("FLAP < LLM-Pruner, channels alone", "flap-20-ffn", "llm-pruner-20-ffn"),
+    Order("LLM-Pruner < Wanda-SP, channels alone", "llm-pruner-20-ffn", "wanda-sp-20-ffn"),
+    Order("FLAP < Wanda-SP, channels alone, layers alike", "flap-20-ffn-even", "wanda-sp-20-ffn"),
+    Order("SparseGPT < Wanda", "sparsegpt-50", "wanda-50"),
+    Order("Wanda < magnitude", "wanda-50", "magnitude-50"),
     Order("Wanda < half of magnitude", "wanda-50", "magnitude-50", 0.5),
     Order("SparseGPT < half of magnitude", "sparsegpt-50", "magnitude-50", 0.5),
     Order("SparseGPT and Wanda within a quarter", "sparsegpt-50", "wanda-50", 1.25, mutual=True),
@@ -109,7 +121,9 @@ small difference is none. Methods that calibrate do so on {sequences} x {context
 default text, {corpus}, another and a harder one: the last {scored} tokens of each window of {context}, of
 {tokens:,} in all. Embedding and head stay in bfloat16. Activations are what our engine makes them: rounded to 8 bits
 before they meet packed integers. Decoding is one sequence of {output} tokens, the median of {rounds} rounds in turns;
-others may have used the machine meanwhile."""
+others may have used the machine meanwhile. Names end in the share that goes (`ffn`: from the channels of feed-forward
+networks alone, heads stay; `even`: from every layer alike) or in bits; groups have 64 weights, at 8 bits a row.
+SparseGPT also zeroes what reads inputs that are always zero, such as units of OPT's ReLU that never fire."""
 
 
 @dataclass(frozen=True)
@@ -180,12 +194,13 @@ def compressed(checkpoint: Checkpoint, text: train_tiny.Text) -> tuple[dict[str,
     calibration = calibrate(spec, checkpoint, None)
     for done, (row, stage) in enumerate(ROWS.items()):
         recipe = parse_recipe({"version": 1, "name": row, "calibration": spec.model_dump(), "stages": [stage]}, row)
-        said(f"{checkpoint.name}: {row},", done, len(ROWS))
+        key = hashlib.sha256(json.dumps(recipe.canonical(), sort_keys=True).encode()).hexdigest()[:8]
+        said(f"{row},", done, len(ROWS))
         try:
-            compress(checkpoint, recipe, folder / row, calibration, overwrite=True, restart=True)
-            made[row] = folder / row
-        except GossamerError as error:
-            refused[row] = error.message
+            compress(checkpoint, recipe, folder / f"{row}-{key}", calibration, restart=True)
+            made[row] = folder / f"{row}-{key}"
+        except CompressionError as error:
+            refused[row] = f"{error.message} ({error.hint})" if error.hint else error.message
     return made, refused
 
 
@@ -241,12 +256,12 @@ def sentences(found: Sequence[Found]) -> list[str]:
     verdicts = {order.title: {f.family: order.holds(f.kld) for f in found} for order in ORDERS}
     everywhere = [title for title, by in verdicts.items() if all(by.values())]
     nowhere = [title for title, by in verdicts.items() if all(held is False for held in by.values())]
-    said = [f"- In all of {', '.join(f.family for f in found)}: {listed(everywhere)}."]
-    said += [f"- In none of them: {listed(nowhere)}."] if nowhere else []
+    lines = [f"- In all of {', '.join(f.family for f in found)}: {listed(everywhere)}."]
+    lines += [f"- In none of them: {listed(nowhere)}."] if nowhere else []
     for f in found:
         mixed = [title for title, by in verdicts.items() if by[f.family] is False and title not in nowhere]
-        said += [f"- Not in {f.family}, but in another: {listed(mixed)}."] if mixed else []
-    return said
+        lines += [f"- Not in {f.family}, but in another: {listed(mixed)}."] if mixed else []
+    return lines
 
 
 def listed(titles: Sequence[str]) -> str:
@@ -277,8 +292,8 @@ def rows_table(found: Found) -> str:
         cells = [row, f"{model['bits_per_weight']:.2f}", f"{model['weight_bytes'] / 1e6:.2f}"]
         if record["status"] == "ok":
             activations = results["activation_kld"]
-            cells += [f"{results['perplexity']:.2f}", f"{results['kld_mean']:.4f}", f"{results['kld_p99']:.3f}"]
-            cells += ["-" if activations is None else f"{activations:.4f}", f"{results['top1_agreement']:.1%}"]
+            cells += [f"{results['perplexity']:.2f}", f"{results['kld_mean']:.3g}", f"{results['kld_p99']:.3g}"]
+            cells += ["-" if activations is None else f"{activations:.2g}", f"{results['top1_agreement']:.1%}"]
         else:
             cells += [f"failed: {record['error']}", *"----"]
         lines.append(f"| {' | '.join([*cells, f'{found.speeds[row]:,.0f}'])} |")
