@@ -108,6 +108,7 @@ ORDERS = (
     Order("AWQ < RTN, 3 bits", "awq-3", "rtn-3"),
     Order("GPTQ < RTN, 4 bits", "gptq-4", "rtn-4"),
     Order("AWQ < RTN, 4 bits", "awq-4", "rtn-4"),
+    Order("GPTQ < RTN, 8 bits", "gptq-8", "rtn-8"),
     Order("NF4 < RTN, 4 bits", "nf4", "rtn-4"),
     Order("RTN: 4 bits < half of 3 bits", "rtn-4", "rtn-3", 0.5),
     Order("LLM.int8 < a tenth of RTN, 4 bits", "llm-int8", "rtn-4", 0.1),
@@ -123,7 +124,8 @@ default text, {corpus}, another and a harder one: the last {scored} tokens of ea
 before they meet packed integers. Decoding is one sequence of {output} tokens, the median of {rounds} rounds in turns;
 others may have used the machine meanwhile. Names end in the share that goes (`ffn`: from the channels of feed-forward
 networks alone, heads stay; `even`: from every layer alike) or in bits; groups have 64 weights, at 8 bits a row.
-SparseGPT also zeroes what reads inputs that are always zero, such as units of OPT's ReLU that never fire."""
+GPTQ and SparseGPT zero weights whose inputs are zero in all of the calibration, such as units of OPT's ReLU that do not
+fire there: SparseGPT's file is smaller for it, and where another text fires them, it may cost."""
 
 
 @dataclass(frozen=True)
@@ -292,8 +294,8 @@ def rows_table(found: Found) -> str:
         cells = [row, f"{model['bits_per_weight']:.2f}", f"{model['weight_bytes'] / 1e6:.2f}"]
         if record["status"] == "ok":
             activations = results["activation_kld"]
-            cells += [f"{results['perplexity']:.2f}", f"{results['kld_mean']:.3g}", f"{results['kld_p99']:.3g}"]
-            cells += ["-" if activations is None else f"{activations:.2g}", f"{results['top1_agreement']:.1%}"]
+            cells += [f"{results['perplexity']:.2f}", f"{results['kld_mean']:.3g}", f"{results['kld_p99']:.3f}"]
+            cells += ["-" if activations is None else f"{activations:.4f}", f"{results['top1_agreement']:.1%}"]
         else:
             cells += [f"failed: {record['error']}", *"----"]
         lines.append(f"| {' | '.join([*cells, f'{found.speeds[row]:,.0f}'])} |")
