@@ -20,7 +20,8 @@ from gossamer.checkpoint import open_checkpoint
 from gossamer.cli import main
 from gossamer.engine import LLM, SamplingParams
 from gossamer.engine.backend import choose
-from gossamer.engine.sharded.launch import ShardedBackend, Watch
+from gossamer.engine.sharded.launch import ShardedBackend
+from gossamer.engine.sharded.ranks import Watch
 from gossamer.errors import EngineError
 from gossamer.formats import Integer
 from parallel_models import write_model
@@ -104,7 +105,7 @@ def test_a_rank_that_dies_or_stops_is_an_error_that_names_it_and_ends_the_others
 def test_a_process_that_was_stopped_does_not_take_that_for_the_silence_of_its_ranks(lonely, monkeypatch):
     """The ranks beat all the time; only the engine's own clock jumps, by an hour."""
     jump, now = [0.0], time.monotonic
-    monkeypatch.setattr("gossamer.engine.sharded.launch.time", SimpleNamespace(monotonic=lambda: now() + jump[0]))
+    monkeypatch.setattr("gossamer.engine.sharded.ranks.time", SimpleNamespace(monotonic=lambda: now() + jump[0]))
     jump[0] = 3600.0
     watch(lonely, 1.0)
 

@@ -18,8 +18,8 @@ from gossamer.checkpoint import open_checkpoint
 from gossamer.engine.backend import BLOCK_SIZE
 from gossamer.engine.reference import ReferenceBackend
 from gossamer.engine.sharded import micro
-from gossamer.engine.sharded.launch import Watch, _Ranks
 from gossamer.engine.sharded.micro import micro_batches
+from gossamer.engine.sharded.ranks import Ranks, Watch
 from gossamer.parallel.wire import Message, Wire
 from parallel_models import write_model
 
@@ -74,7 +74,7 @@ def test_parts_computed_in_turn_give_the_results_of_the_step(model, monkeypatch)
 
 def test_a_stage_begins_a_part_while_the_next_stage_is_still_at_the_one_before():
     """The second stage ends its first part only when the first stage has begun the second part."""
-    ranks = _Ranks(2, 1, Watch(), None)
+    ranks = Ranks(2, 1, Watch(), None)
     begun, handed_on = threading.Event(), queue.SimpleQueue()
 
     def first(wire):
