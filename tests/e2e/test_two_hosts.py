@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -71,8 +72,10 @@ def below(process):
 
 def test_ranks_that_join_write_what_one_process_does_and_end_with_the_engine(folder, expected):
     """Two stages, of which the second is another node's; the prompts are enough for micro-batches."""
-    with started(joining("127.0.0.1:29531")) as node:
-        llm = LLM(folder, tp=1, pp=2, nodes=Nodes.at(2, "127.0.0.1:29531"))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with started(joining(address)) as node:
+        llm = LLM(folder, tp=1, pp=2, nodes=Nodes.at(2, address))
         assert [list(tokens) for tokens in answers(llm)] == expected
         assert len(llm.backend.pids) == 1
         ranks = below(node)
