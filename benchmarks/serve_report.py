@@ -13,7 +13,7 @@ HOW = (
     "same for all (`gossamer bench serve`); rounds take turns. Both sides of a row get the same prompts, made with the "
     "model's own tokenizer, new ones in each round, at temperature 0 with EOS ignored, so that both generate the same "
     "number of tokens. The ratio is the median of the pairs' ratios. Peers run with the fastest of the settings that "
-    "were tried; ours with its defaults, but for steps of as many tokens as vLLM's server takes in the rows beside it."
+    "were tried; ours with its defaults."
 )
 RATIO = {
     "throughput": "output tokens/s, ours over the peer's",

@@ -45,7 +45,7 @@ class Variant:
 
 
 VARIANTS: dict[str, tuple[Variant, ...]] = {
-    GOSSAMER: (Variant("as it comes"),),
+    GOSSAMER: (Variant("defaults"),),
     # One buffer for all sequences (--kv-unified) has every token look at every other's cells: not tried.
     LLAMA_SERVER: (
         Variant("flash attention", ("-fa", "on")),
@@ -110,7 +110,7 @@ def launch(side: Side, variant: Variant, port: int, threads: int) -> tuple[list[
     words: list[Any]
     if side.server == GOSSAMER:
         words = [sys.executable, "-m", "gossamer", "serve", path, "--port", port, "--max-sequences", SEQUENCES]
-        words += ["--kv-memory", "2GiB", "--quiet", *side.options]
+        words += ["--kv-memory", "2GiB", "--quiet"]
         environment = {"GOSSAMER_THREADS": str(threads)}
     elif side.server == LLAMA_SERVER:
         words = [peers.llama_server(), "-m", path, "--host", "127.0.0.1", "--port", port, "-t", threads, "-tb", threads]
