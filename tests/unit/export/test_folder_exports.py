@@ -86,6 +86,21 @@ def test_what_a_target_would_read_wrongly_is_refused_with_a_way_out(tmp_path, ta
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 
+@pytest.mark.parametrize(
+    ("target", "form", "words"),
+    [
+        ("awq", Integer(4, None, symmetric=False), "has 100 rows, and 8 go into a word"),
+        ("gptq", Integer(4, None), "has 100 (rows|columns), and codes are packed 32 at a time"),
+        ("gguf", Integer(4, None), "has 100 columns, and Q8_0 comes in blocks of 32"),
+    ],
+)
+def test_widths_that_do_not_fill_a_word_or_a_block_are_refused_by_name(tmp_path, target, form, words) -> None:
+    model = make_artifact(tmp_path / "m", form, intermediate_size=100)
+    with pytest.raises(ExportError, match=f"_proj.* {words}"):
+        run_export(model, target, tmp_path / "out", rounding=target == "gguf")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
 @pytest.mark.parametrize("target", ["gguf", *FOLDERS])
 def test_zeros_of_a_sparse_model_are_filled_in(tmp_path, target) -> None:
     for form in (Sparse(Integer(4, 64), 0.5), Sparse(Dense(torch.bfloat16), 0.5)):
