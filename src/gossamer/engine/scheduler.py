@@ -1,16 +1,19 @@
 """Which tokens of which sequences the next step computes. Knows no torch, no model and no text.
 
 Continuous batching (Orca, Yu et al., OSDI 2022) with chunked prefill (Sarathi-Serve, Agrawal et al., arXiv 2403.02310):
-a step has a budget of tokens, decodes are served first, and the rest goes to prompts, the oldest first. Where blocks
-run out the youngest sequence is preempted: its blocks are free at once, and it is computed again when its turn comes.
-The oldest one always goes on, so everything ends. A prompt whose next block another sequence is about to compute waits
-for that instead of computing it as well.
+a step has a budget of tokens, decodes are served first, and the rest goes to prompts. Prompts take turns by the time
+at which each would be read if nobody else were there, counted in tokens (the finish times of fair queueing, Demers,
+Keshav & Shenker, SIGCOMM 1989): of those that come together the shortest is first, and a long one lets shorter ones
+pass that come until as many tokens were computed as it has itself, but none that come later. While many steps' worth of
+prompts waits, every second step is theirs alone. Where blocks run out the sequence whose turn is last is preempted: its
+blocks are free at once, and it is computed again when its turn comes. The first one always goes on, so everything ends.
+A prompt whose next block another sequence is about to compute waits for that instead of computing it as well.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+import heapq
 from dataclasses import dataclass
 
 from ..errors import EngineError
@@ -21,6 +24,9 @@ from .sequence import Sequence
 SPARE = 0.01
 """Share of the blocks that a prompt must leave free for those that decode."""
 
+BURST_STEPS = 4
+"""While prompts of more steps than these wait, answers take part in every second step only: each of their tokens costs
+what more than one of a prompt does (its row of logits), and everyone who waits for a first token waits for it."""
 
 PROMPT_LOGPROBS_CHUNK = 64
 """Most tokens of a step of a prompt whose log-probabilities are told: each of them takes a row of logits."""
@@ -61,13 +67,16 @@ class Scheduler:
         self.blocks = blocks
         self.max_batch_tokens, self.max_sequences = max_batch_tokens, max_sequences
         self.waiting: list[Sequence] = []
-        """By arrival, and so is `running`."""
+        """By turn, and so is `running`."""
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.prefix_queries = 0
         """Prompt tokens that were looked up when their sequence was first admitted, and found: `prefix_hits`."""
         self.prefix_hits = 0
-        self._arrivals = 0
+        self._arrivals = self._scheduled = 0
+        """Sequences that came so far, and tokens that were scheduled: what turns are counted in."""
+        self._paused = False
+        """True in a step without answers."""
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -79,8 +88,9 @@ class Scheduler:
                 hint="shorten the prompt, lower max_tokens, or give the KV cache more memory",
             )
         self._arrivals += 1
-        sequence.arrival = self._arrivals
-        self.waiting.append(sequence)
+        known = self.blocks.match(sequence.digests, sequence.ids) * BLOCK_SIZE
+        sequence.turn = (self._scheduled + sequence.prompt_tokens - known, self._arrivals)
+        bisect.insort(self.waiting, sequence, key=_turn)
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence, finished or not: its blocks are free."""
@@ -90,29 +100,18 @@ class Scheduler:
                 queue.remove(sequence)
 
     def schedule(self) -> list[Piece]:
-        """The next step, its blocks taken: the oldest sequence first; empty if there is nothing to do."""
-        pieces: dict[int, Piece] = {}
-        budget = self.max_batch_tokens
+        """The next step, its blocks taken, in order of turns; empty if there is nothing to do."""
+        pieces: list[Piece] = []
         preempted = self.preemptions
-        drafts = self._room_for_drafts()
-        for sequence in list(self.running):
-            if sequence.missing == 1 and sequence in self.running:  # else it made room for an older one
-                del sequence.drafts[drafts:]
-                if self._decode(sequence):
-                    pieces[sequence.arrival] = Piece(sequence, 1)
-                    drafts -= len(sequence.drafts)
-                    budget -= 1 + len(sequence.drafts)
-        for sequence in self.running:
-            if sequence.missing > 1 and budget > 0:
-                pieces[sequence.arrival] = _chunk(sequence, budget)
-                budget -= pieces[sequence.arrival].count
-        if self.preemptions == preempted:
-            for sequence in self._admitted(budget):
-                pieces[sequence.arrival] = _chunk(sequence, budget)
-                budget -= pieces[sequence.arrival].count
-                if budget <= 0:
-                    break
-        return [pieces[arrival] for arrival in sorted(pieces)]
+        self._paused = not self._paused and self._is_burst()
+        budget = self.max_batch_tokens
+        if not self._paused:
+            budget -= self._answer(pieces)
+        self._read(pieces, budget, admits=self.preemptions == preempted)
+        if self._paused and not pieces:  # nobody who waits can be admitted
+            self._answer(pieces)
+        self._scheduled += sum(piece.count for piece in pieces)
+        return sorted(pieces, key=lambda piece: _turn(piece.sequence))
 
     def done(self, piece: Piece, computed: int) -> None:
         """Say that a piece was computed, and that the first `computed` tokens of its sequence are in the cache."""
@@ -122,21 +121,57 @@ class Scheduler:
         self.blocks.commit(sequence.table, sequence.ids, computed)
         self.blocks.shrink(sequence.table, len(sequence.ids))  # what only drafts needed
 
+    def _is_burst(self) -> bool:
+        """True if those who run, or could run beside them, have prompts of many steps to read."""
+        free = self.max_sequences - len(self.running)
+        reading = sum(s.missing for s in self.running if not s.decodes) + sum(s.missing for s in self.waiting[:free])
+        return reading > BURST_STEPS * self.max_batch_tokens
+
+    def _answer(self, pieces: list[Piece]) -> int:
+        """Add the next token, and drafts, of every sequence that decodes; how many tokens that is."""
+        drafts, taken = self._room_for_drafts(), 0
+        for sequence in list(self.running):
+            if sequence.decodes and sequence in self.running:  # else it made room for another
+                del sequence.drafts[drafts:]
+                if self._decode(sequence):
+                    pieces.append(Piece(sequence, 1))
+                    drafts -= len(sequence.drafts)
+                    taken += 1 + len(sequence.drafts)
+        return taken
+
+    def _read(self, pieces: list[Piece], budget: int, admits: bool) -> None:
+        """Add chunks of prompts by turns; of those who wait, as long as there are blocks for all of their tokens."""
+        reading = [s for s in self.running if not s.decodes]
+        coming = {digest for s in reading for digest in s.digests[len(s.table.digests) :]}
+        spare = int(SPARE * self.blocks.num_blocks)
+        for sequence in heapq.merge(reading, self.waiting[:] if admits else [], key=_turn):
+            if budget <= 0:
+                return
+            if not sequence.table.blocks:  # it waits
+                if not admits or len(self.running) >= self.max_sequences or self._is_coming(sequence, coming):
+                    continue
+                admits = self._admit(sequence, spare if self.running else 0)  # if not, no later one passes it
+                if not admits:
+                    continue
+                coming.update(sequence.digests[len(sequence.table.digests) :])
+            pieces.append(_chunk(sequence, budget))
+            budget -= pieces[-1].count
+
     def _room_for_drafts(self) -> int:
         """Tokens of a step that drafts may take: each sequence has one first, prompts to be read half of the rest."""
         room = self.max_batch_tokens - len(self.running)
         enter = bool(self.waiting) and len(self.running) < self.max_sequences
-        return room // 2 if enter or any(s.missing > 1 for s in self.running) else room
+        return room // 2 if enter or any(not s.decodes for s in self.running) else room
 
     def _decode(self, sequence: Sequence) -> bool:
-        """Take blocks for the token of a decoding sequence, preempting the youngest if it must, maybe itself: False."""
+        """Take blocks for the token of a decoding sequence, preempting the last if it must, maybe itself: False."""
         others = len(self.running) - 1  # drafts take no block that another may need now
         if not self.blocks.grow(sequence.table, len(sequence.ids) + len(sequence.drafts), others):
             sequence.drafts = []
         while not self.blocks.grow(sequence.table, len(sequence.ids)):
-            youngest = self.running[-1]
-            self._preempt(youngest)
-            if youngest is sequence:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is sequence:
                 return False
         return True
 
@@ -147,22 +182,8 @@ class Scheduler:
         sequence.computed, sequence.drafts = 0, []
         if sequence.params.prompt_logprobs is None or sequence.generated:
             sequence.digests = chain(sequence.ids)  # some of it may still be there by then
-        bisect.insort(self.waiting, sequence, key=lambda s: s.arrival)
+        bisect.insort(self.waiting, sequence, key=_turn)
         self.preemptions += 1
-
-    def _admitted(self, budget: int) -> Iterator[Sequence]:
-        """Waiting sequences that now run, the oldest first, while there are blocks for all of their tokens."""
-        coming = {digest for s in self.running if s.missing > 1 for digest in s.digests[len(s.table.digests) :]}
-        spare = int(SPARE * self.blocks.num_blocks)
-        for sequence in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self.max_sequences:
-                return
-            if self._is_coming(sequence, coming):
-                continue
-            if not self._admit(sequence, spare if self.running else 0):
-                return  # and no younger one passes it
-            coming.update(sequence.digests[len(sequence.table.digests) :])
-            yield sequence
 
     def _is_coming(self, sequence: Sequence, coming: set[bytes]) -> bool:
         """True if a sequence that runs is about to compute the first block that this one lacks."""
@@ -185,8 +206,12 @@ class Scheduler:
             self.prefix_queries += sequence.prompt_tokens
             self.prefix_hits += sequence.computed
         self.waiting.remove(sequence)
-        bisect.insort(self.running, sequence, key=lambda s: s.arrival)
+        bisect.insort(self.running, sequence, key=_turn)
         return True
+
+
+def _turn(sequence: Sequence) -> tuple[int, int]:
+    return sequence.turn
 
 
 def _chunk(sequence: Sequence, budget: int) -> Piece:

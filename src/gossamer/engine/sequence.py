@@ -129,7 +129,8 @@ class Sequence:
         self.stop_reason: str | int | None = None
         self._eos_ids, self._stream, self._stops = eos_ids, stream, StopText(params.stop)
         # The scheduler's: where its keys and values are, and what is to come.
-        self.arrival = 0
+        self.turn = (0, 0)
+        """Its place: tokens of the engine's work after which it would have been read alone, and its number."""
         self.table = BlockTable()
         self.computed = 0
         """Tokens whose keys and values are in the cache."""
@@ -156,8 +157,13 @@ class Sequence:
 
     @property
     def missing(self) -> int:
-        """Tokens that are not in the cache yet: 1 while it decodes, more while a prompt is read."""
+        """Tokens that are not in the cache yet."""
         return len(self.ids) - self.computed
+
+    @property
+    def decodes(self) -> bool:
+        """True while its answer goes on token by token; else a prompt, or what was preempted, is to be read."""
+        return self.missing == 1 and self.generated > 0
 
     @property
     def may_stop(self) -> bool:

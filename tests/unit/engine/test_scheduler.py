@@ -1,4 +1,4 @@
-"""The schedule: budgets are kept, nobody starves or overtakes, and what blocks run out for is computed again.
+"""The schedule: budgets are kept, nobody starves, turns are kept, and what blocks run out for is computed again.
 
 `World` does what an engine does around a scheduler, without a model: it writes every place of the cache with the whole
 text up to it and reads it back, and says which token follows a text.
@@ -58,6 +58,8 @@ class World:
     drafting: float = 0.0
     """Chance that a sequence that decodes has drafts in a step."""
     steps: int = 0
+    paused: bool = False
+    """Whether answers rested in the last step."""
     computed: int = 0
     """Tokens of all steps, drafts too."""
     fed: list[int] = field(default_factory=list)
@@ -80,7 +82,7 @@ class World:
 
     @property
     def rest(self) -> list[Sequence]:
-        return sorted([*self.scheduler.running, *self.scheduler.waiting], key=lambda s: s.arrival)
+        return sorted([*self.scheduler.running, *self.scheduler.waiting], key=lambda s: s.turn)
 
     def step(self) -> list[Piece]:
         """One step, and everything that must hold of it."""
@@ -107,7 +109,7 @@ class World:
     def _draft(self) -> None:
         for sequence in self.scheduler.running:
             room = sequence.limit - sequence.generated - 1
-            if sequence.missing == 1 and room > 0 and self.rng.random() < self.drafting:
+            if sequence.decodes and room > 0 and self.rng.random() < self.drafting:
                 right = completed(sequence.ids, self.rng.randint(1, min(20, room)))[len(sequence.ids) :]
                 sequence.drafts = [t if self.rng.random() < 0.9 else self.rng.randrange(LETTERS) for t in right]
 
@@ -117,21 +119,31 @@ class World:
         assert sum(len(piece.tokens) for piece in pieces) <= self.budget
         assert len(scheduler.running) <= self.most
         for queue in (scheduler.running, scheduler.waiting):
-            assert [s.arrival for s in queue] == sorted(s.arrival for s in queue)
+            assert [s.turn for s in queue] == sorted(s.turn for s in queue)
         served = [piece.sequence for piece in pieces]
         assert len(set(served)) == len(served)
         assert set(served) <= set(scheduler.running)
-        if pieces:
-            assert set(scheduler.running) == set(served), "whoever runs has a part of every step"
+        self._check_shares(served, before)
         admitted = [s for s in scheduler.running if s not in before]
         assert not (admitted and preempted), "one was admitted while another made room"
         for sequence in scheduler.waiting:
-            if any(sequence.arrival < other.arrival for other in admitted):
-                assert self.waits_for_another(sequence), "a younger sequence was admitted first"
+            if any(sequence.turn < other.turn for other in admitted):
+                assert self.waits_for_another(sequence), "another was admitted before its turn"
         for piece in pieces:
             assert 1 <= piece.count <= piece.sequence.missing
             fed = piece.sequence.computed + len(piece.tokens)
             assert fed <= len(piece.sequence.table.blocks) * BLOCK_SIZE
+
+    def _check_shares(self, served: list[Sequence], before: list[Sequence]) -> None:
+        """Whoever answers has a part of every step, or at least of every second one; prompts are read by turns."""
+        running = self.scheduler.running
+        idle = [s for s in before if s in running and s.decodes and s not in served]
+        assert not (idle and self.paused), "answers rested twice"
+        self.paused = bool(idle)
+        reading = [s for s in running if not s.decodes]
+        parts = [s in served for s in reading]
+        assert parts == sorted(parts, reverse=True), "a prompt was read before its turn"
+        assert served or not running
 
     def waits_for_another(self, sequence: Sequence) -> bool:
         """True if one that runs computes a block that this one can adopt."""
@@ -236,7 +248,7 @@ def test_nothing_to_do_is_an_empty_step():
     assert World().step() == []
 
 
-def test_decodes_are_served_first_and_prompts_by_age_with_the_rest():
+def test_decodes_are_served_first_and_prompts_by_turns_with_the_rest():
     world = World(budget=32, most=4)
     world.add([0] * 5, 50)
     world.step()
@@ -280,7 +292,7 @@ def test_nobody_waits_for_a_block_that_it_must_compute_itself():
 
 def test_one_that_waits_for_a_beginning_lets_others_pass():
     world = World(budget=64)
-    first, second, third = world.add([0] * 124, 2), world.add([0] * 120, 2), world.add([1] * 4, 2)
+    first, second, third = world.add([0] * 120, 2), world.add([0] * 124, 2), world.add([1] * 130, 2)
     world.step()
     assert world.scheduler.running == [first]
     world.step()
@@ -300,6 +312,62 @@ def test_if_the_one_that_computes_a_beginning_is_aborted_another_does():
     world.drain()
 
 
+class TestTurns:
+    def test_of_those_that_come_together_the_shortest_is_first(self):
+        world = World(budget=32, most=8)
+        for length in (50, 10, 30):
+            world.add([length] * length, 1)
+        world.drain()
+        assert [s.prompt_tokens for s in world.ended] == [10, 30, 50]
+
+    def test_a_short_one_passes_a_long_one_that_is_being_read(self):
+        world = World(budget=32, most=8)
+        long = world.add([0] * 640, 2)
+        world.step()
+        short = world.add([1] * 20, 1)
+        world.step()
+        assert world.ended == [short]
+        assert long.computed == 32 + 12
+
+    def test_a_long_one_lets_those_pass_that_come_while_as_many_tokens_are_computed_as_it_has(self):
+        """And no more of them, though twice as much comes all the time as can be computed."""
+        world = World(budget=32, most=8, reuse=False)
+        long = world.add([0] * 640, 1)
+        while long not in world.ended:
+            world.add([1] * 31, 1)
+            world.add([2] * 31, 1)
+            world.step()
+        passed = 640 / 32 * 2 * 31
+        assert passed + 640 - 4 * 32 < world.computed < passed + 640 + 4 * 32
+
+    def test_what_is_known_of_a_prompt_does_not_make_it_long(self):
+        world = World(budget=32, most=8, blocks=200)
+        world.add([0] * 640, 1)
+        world.drain()
+        short, known = world.add([1] * 30, 1), world.add([0] * 640, 1)
+        world.drain()
+        assert world.ended[1:] == [known, short]
+
+
+class TestBursts:
+    def test_answers_rest_in_every_second_step_while_much_is_to_be_read(self):
+        world = World(budget=32, most=8)
+        answering = world.add([0] * 5, 50)
+        world.step()
+        for letter in range(1, 5):
+            world.add([letter] * 50, 1)
+        served = [answering in [piece.sequence for piece in world.step()] for _ in range(6)]
+        assert served == [False, True, False, True, True, True]  # 200, 168, 137, then less than four steps' worth
+
+    def test_who_cannot_be_admitted_makes_nobody_rest(self):
+        world = World(blocks=20, budget=32, most=8)
+        answering = world.add([0] * 5, 50)
+        world.step()
+        world.add([1] * (19 * BLOCK_SIZE + 1), 1)
+        for _ in range(4):
+            assert [piece.sequence for piece in world.step()] == [answering]
+
+
 class TestPreemption:
     def test_the_youngest_makes_room_and_gets_the_same_tokens_later(self):
         world = World(blocks=6, reuse=False)
@@ -311,6 +379,7 @@ class TestPreemption:
     def test_the_oldest_is_never_preempted(self):
         world = World(blocks=6)
         oldest = world.add([0] * 30, 60)
+        world.step()
         for letter in range(1, 6):
             world.add([letter] * 20, 20)
         while oldest not in world.ended:
@@ -369,7 +438,7 @@ class TestDrafts:
         world = World(budget=32, most=4)
         decoding = [world.add([letter] * 4, 60) for letter in range(2)]
         world.step()
-        reading = world.add([2] * 200, 5)
+        reading = world.add([2] * 100, 5)
         for sequence in decoding:
             sequence.drafts = completed(sequence.ids, 20)[len(sequence.ids) :]
         assert world.step()[-1].sequence is reading

@@ -36,8 +36,9 @@ class NoText:
 
 
 def decoding(prompt: list[int], limit: int = 1 << 20, name: str = "a") -> Sequence:
-    """A sequence whose prompt was read but for its last token."""
-    sequence = Sequence(prompt, SamplingParams(max_tokens=limit), limit, (), NoText(), request_id=name)
+    """A sequence whose answer has begun and may have `limit` tokens more: all but the last one is in the cache."""
+    sequence = Sequence(prompt[:-1], SamplingParams(), limit + 1, (), NoText(), request_id=name)
+    sequence.push(prompt[-1])
     sequence.computed = len(prompt) - 1
     return sequence
 

@@ -157,7 +157,7 @@ class Speculator:
 
     def propose(self, running: Many[Sequence], samplers: Mapping[Sequence, Sampler]) -> None:
         """Give drafts to the sequences that decode."""
-        decoding = [s for s in running if s.missing == 1]
+        decoding = [s for s in running if s.decodes]
         count = self._count(decoding)
         self._drafting = 0.0
         if not decoding or count == 0:
