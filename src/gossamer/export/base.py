@@ -25,6 +25,10 @@ FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 """Name of a layout of floats -> dtype."""
 FOLDER = "gossamer convert makes a folder that transformers loads"
 """The way out where no target is."""
+RAGGED = "only llama and mistral models have an architecture for that, and only --to gguf"
+"""The same where layers differ in shape."""
+MISTAKE = "nothing was written; this is a mistake of the exporter: please report it"
+"""What is left to say where what was written is not what was meant."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,8 @@ def refuse_ragged(checkpoint: Checkpoint, target: str) -> None:
     if not is_uniform(checkpoint):
         deci = checkpoint.config.family in ("llama", "mistral")
         raise ExportError(
-            f"{target}: the layers of {checkpoint.name} differ in heads or width, which it cannot read",
-            hint="--to gguf writes them for llama.cpp (architecture deci)" if deci else None,
+            f"{target}: the layers of {checkpoint.name} differ in heads, width or biases, which it cannot read",
+            hint="--to gguf writes them for llama.cpp (architecture deci)" if deci else RAGGED,
         )
 
 

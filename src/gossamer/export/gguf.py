@@ -30,13 +30,25 @@ from ..checkpoint.gguf import GGMLBlocks
 from ..checkpoint.gguf_architectures import DECI, WRITTEN, Architecture, misread, tensors_of
 from ..checkpoint.gguf_blocks import SIZES
 from ..checkpoint.gguf_header import read_header
-from ..errors import ExportError
+from ..errors import ExportError, ProofFailed
 from ..formats import Codebook, Dense, Format, Integer
 from ..model import FAMILIES, Rope
 from ..model.decoder import inverse_frequencies
 from ..model.pieces import pieces
 from . import ggml, gguf_tokens
-from .base import FLOATS, FOLDER, Export, Options, Progress, form_of, holds, is_uniform, stored_of
+from .base import (
+    FLOATS,
+    FOLDER,
+    MISTAKE,
+    RAGGED,
+    Export,
+    Options,
+    Progress,
+    form_of,
+    holds,
+    is_uniform,
+    stored_of,
+)
 
 K_QUANTS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
 ROUNDED = ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -119,7 +131,7 @@ class GGUFExport(Export):
                 raise ExportError(
                     f"{self.target}: the layers of {self.checkpoint.name} differ in heads, width or biases, and "
                     f"architecture {row.name} has one shape for all",
-                    hint="only llama and mistral models have an architecture for that",
+                    hint=RAGGED,
                 )
             row = DECI
         if any(layer.window for layer in config.layers) and not row.windows:
@@ -373,9 +385,9 @@ class GGUFReader:
         """Of some families the package knows names with what they begin with, of others without."""
         for known in (name, name.removeprefix(self._family.prefix)):
             key = self._names.get_name(known, try_suffixes=(".weight", ".bias"))
-            if key is not None:
+            if key in self._tensors:
                 return str(key)
-        raise ExportError(f"{self.name} has no name for {name} in architecture {self._arch}")
+        raise ProofFailed(f"{self.name} finds no {name} in a file of architecture {self._arch}", hint=MISTAKE)
 
     def _whole(self, key: str) -> Tensor:
         tensor = self._tensors[key]
@@ -399,10 +411,15 @@ def find_tool(name: str, folder: Path | None) -> Path:
 
 
 def _run_quantize(tool: Path, floats: Path, out: Path, layout: str) -> None:
-    done = subprocess.run([tool, floats, out, layout.upper()], capture_output=True, text=True, errors="replace")
-    if done.returncode:
+    way_out = "name another build of llama.cpp with --llama-cpp, or take another --layout"
+    try:
+        done = subprocess.run([tool, floats, out, layout.upper()], capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise ExportError(f"gguf: {tool} cannot be started: {error.strerror}", hint=way_out) from error
+    if done.returncode or not out.exists():
         said = (done.stderr or done.stdout).strip().splitlines()[-1:] or ["nothing"]
-        raise ExportError(f"gguf: {tool} failed with code {done.returncode}: {said[0][:300]}")
+        made = f"failed with code {done.returncode}" if done.returncode else f"made no file of {layout}"
+        raise ExportError(f"gguf: {tool} {made}, and said: {said[0][:300]}", hint=way_out)
 
 
 def rope_factors(rope: Rope, head_dim: int) -> Tensor | None:

@@ -18,7 +18,7 @@ from ..checkpoint import Checkpoint, Tokenizer
 from ..checkpoint.load import load_decoder
 from ..errors import ProofFailed
 from ..formats import Dense, Format
-from .base import Export, Progress, Reader
+from .base import MISTAKE, Export, Progress, Reader
 from .engines import Answers
 
 MISPLACED = 0.5
@@ -32,6 +32,7 @@ PROMPTS = (
 )
 ANSWER = 16
 """Tokens that an engine answers to each prompt."""
+MISREAD = "it reads the model wrongly, or computes too roughly to tell: try another version of it"
 
 
 def read_back(export: Export, reader: Reader, progress: Progress) -> dict[str, Any]:
@@ -57,7 +58,9 @@ def read_back(export: Export, reader: Reader, progress: Progress) -> dict[str, A
 def _error(export: Export, name: str, ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest error of a tensor. Raises ProofFailed if it is not exact and was not meant to be rounded."""
     if ours.shape != theirs.shape:
-        raise ProofFailed(f"{export.target}: {name} {list(ours.shape)} was read back as {list(theirs.shape)}")
+        raise ProofFailed(
+            f"{export.target}: {name} {list(ours.shape)} was read back as {list(theirs.shape)}", hint=MISTAKE
+        )
     if export.same(name, ours, theirs):
         return 0.0
     off = ours - theirs
@@ -66,7 +69,7 @@ def _error(export: Export, name: str, ours: torch.Tensor, theirs: torch.Tensor) 
         raise ProofFailed(
             f"{export.target}: {name} was read back with errors up to {float(off.abs().max()):.3g} "
             f"({share:.2%} of its size), and must be {'near' if name in export.rounded else 'the same'}",
-            hint="nothing was written; this is a mistake of the exporter: please report it",
+            hint=MISTAKE,
         )
     return float(off.abs().max())
 
@@ -107,23 +110,28 @@ def prompts_of(checkpoint: Checkpoint) -> list[list[int]]:
 
 def judge(written: Checkpoint, prompts: Sequence[Sequence[int]], answers: Answers) -> dict[str, Any]:
     """Compare an engine's greedy answers with our logits. Raises ProofFailed if a token is none of ours."""
+    if len(answers.tokens) != len(prompts):
+        raise ProofFailed(f"{answers.engine} answered {len(answers.tokens)} of {len(prompts)} prompts", hint=MISREAD)
     decoder, ends = load_decoder(written), torch.tensor(sorted(written.tokenizer().eos_ids))
     agreed, gaps = 0, []
     for prompt, answer in zip(prompts, answers.tokens, strict=True):
         if not answer or not all(0 <= token < written.config.vocab_size for token in answer):
-            raise ProofFailed(f"{answers.engine} answered {str(answer)[:80]}, which are no tokens of the model")
+            raise ProofFailed(
+                f"{answers.engine} answered {str(answer)[:80]}, which are no tokens of the model", hint=MISREAD
+            )
         logits = decoder(torch.tensor([[*prompt, *answer[:-1]]]))[0, len(prompt) - 1 :]
         best = _favourites(logits, answer, ends)
         chosen = logits.gather(1, torch.tensor(answer).unsqueeze(1)).squeeze(1)
         agreed += int((best == chosen).sum())
         gaps += ((best - chosen) / logits.std(-1)).tolist()
-    if max(gaps) > GAP:
+    worst = float(torch.tensor(gaps).max())  # not a number if one is not
+    if not worst <= GAP:
         raise ProofFailed(
-            f"{answers.engine} gave a token {max(gaps):.2f} standard deviations of the logits below ours, over {GAP}",
-            hint="it reads the model wrongly, or computes too roughly to tell",
+            f"{answers.engine} gave a token {worst:.2f} standard deviations of the logits below ours, over {GAP}",
+            hint=MISREAD,
         )
     total = len(list(itertools.chain(*answers.tokens)))
-    return {"engine": answers.engine, "tokens": total, "agree": agreed, "max_gap": max(gaps)}
+    return {"engine": answers.engine, "tokens": total, "agree": agreed, "max_gap": worst}
 
 
 def _favourites(logits: torch.Tensor, answer: Sequence[int], ends: torch.Tensor) -> torch.Tensor:

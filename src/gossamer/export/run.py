@@ -68,7 +68,10 @@ def _engine(made: Export, options: Options, proving: Proving) -> engines.Engine 
     """The target's engine if it is there. Raises ExportError for one that was named and is not."""
     if not (proving.verify and proving.engine) or made.engine is None:
         if proving.python is not None:
-            raise ExportError(f"{made.target}: there is nothing to run in {proving.python}")
+            why = "no engine of this target is driven" if made.engine is None else "nothing is run without verifying"
+            raise ExportError(
+                f"{made.target}: {why}, and {proving.python} was named to run it in", hint="leave out --engine"
+            )
         return None
     return engines.find(made.engine, proving.python, options.llama_cpp)
 

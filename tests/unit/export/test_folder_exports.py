@@ -20,6 +20,7 @@ from gossamer.export.engines import Answers, find
 from gossamer.export.registry import TARGETS, target_class
 from gossamer.export.run import Proving
 from gossamer.formats import Codebook, Dense, Format, Integer, KMeans, LowRank, Sparse
+from tiny_llama import make_folder
 
 FOLDERS = ("transformers", "vllm", "gptq", "awq", "mlc", "tensorrt-llm")
 EXACT: dict[str, list[Format | None]] = {
@@ -352,6 +353,12 @@ def test_an_engine_that_says_something_else_is_caught(tmp_path) -> None:
     for tokens, words in (([[7, 7, 7, 7]], "deviations"), ([[320]], "no tokens"), ([[]], "no tokens")):
         with pytest.raises(ProofFailed, match=words):
             proof.judge(checkpoint, prompts, Answers("other 1.0", tokens))
+
+
+def test_logits_that_are_no_numbers_prove_nothing(tmp_path) -> None:
+    checkpoint = open_checkpoint(make_folder(tmp_path / "m", poison=float("nan")))
+    with pytest.raises(ProofFailed, match="a token nan standard deviations"):
+        proof.judge(checkpoint, [[1, 2, 3]], Answers("other 1.0", [[7, 7, 7, 7]]))
 
 
 def test_an_engine_that_was_named_and_is_not_there_is_an_error(tmp_path) -> None:

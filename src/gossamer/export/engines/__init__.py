@@ -18,8 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from ...errors import ExportError
 from . import llama_cpp
+from .llama_cpp import UNPROVED
 
 PACKAGES = {"transformers": "transformers", "vllm": "vllm", "gptqmodel": "gptqmodel", "openvino": "openvino_genai"}
 """Engine -> the package that its Python must have."""
@@ -30,6 +33,8 @@ ENVIRONMENT = {
 OPENMP = "lib/libiomp5.so"
 """In the environment of vLLM's CPU build, which wants it loaded first."""
 MINUTES = 30.0
+PROBE_SECONDS = 60.0
+"""That a Python may take to say whether it has a package."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,14 @@ class Answers:
 
     engine: str
     """With its version."""
+    tokens: list[list[int]]
+
+
+class _Said(BaseModel):
+    """What a worker prints last."""
+
+    model_config = ConfigDict(strict=True)
+    version: str
     tokens: list[list[int]]
 
 
@@ -56,24 +69,43 @@ class Engine:
         else:
             request = {"path": str(path.resolve()), "prompts": [list(p) for p in prompts], "tokens": tokens}
             said = _run(self, request)
-            version, answers = said["version"], said["tokens"]
+            version, answers = said.version, said.tokens
         return Answers(f"{self.name} {version}", answers)
 
 
 def find(name: str, python: Path | None = None, llama_cpp_folder: Path | None = None) -> Engine | None:
-    """The engine where it is installed: `python`'s environment or ours, llama.cpp's folder or PATH; else None."""
+    """The engine where it is installed: `python`'s environment or ours, llama.cpp's folder or PATH; else None.
+
+    Raises ExportError for a Python that was named and has it not.
+    """
     if name == "llama.cpp":
+        if python is not None:
+            raise ExportError(
+                f"llama.cpp is a program, and no Python such as {python} runs it",
+                hint="--llama-cpp names the folder of llama-server; leave out --engine",
+            )
         found = shutil.which("llama-server", path=None if llama_cpp_folder is None else str(llama_cpp_folder))
         return None if found is None else Engine(name, found)
     if python is not None:
-        probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({PACKAGES[name]!r}) is None)"
-        if not python.exists() or subprocess.run([python, "-c", probe], check=False).returncode:
-            raise ExportError(f"{python} is no Python that has {PACKAGES[name]}")
+        if not _has(python, PACKAGES[name]):
+            raise ExportError(
+                f"{python} is no Python that has {PACKAGES[name]}",
+                hint="--engine names the Python of an environment where it is installed, such as ENV/bin/python",
+            )
         return Engine(name, str(python))
     return None if importlib.util.find_spec(PACKAGES[name]) is None else Engine(name, sys.executable)
 
 
-def _run(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
+def _has(python: Path, package: str) -> bool:
+    probe = f"import importlib.util as u, sys; sys.exit(u.find_spec({package!r}) is None)"
+    try:
+        done = subprocess.run([python, "-c", probe], capture_output=True, timeout=PROBE_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):  # it is no program, or none that answers
+        return False
+    return done.returncode == 0
+
+
+def _run(engine: Engine, request: dict[str, Any]) -> _Said:
     script = Path(__file__).with_name(f"{engine.name}_worker.py")
     environment = {**os.environ, "PYTHONPATH": "", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment |= ENVIRONMENT.get(engine.name, {})
@@ -91,9 +123,17 @@ def _run(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
             env=environment,
         )
     except subprocess.TimeoutExpired as error:
-        raise ExportError(f"{engine.name} took longer than {MINUTES:.0f} minutes on {request['path']}") from error
+        raise ExportError(
+            f"{engine.name} took longer than {MINUTES:g} minutes on {request['path']}", hint=UNPROVED
+        ) from error
     if done.returncode:
         said = "\n  ".join(done.stderr.strip().splitlines()[-4:]) or "nothing"
-        raise ExportError(f"{engine.name} cannot run {request['path']}: {said[:2000]}")
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return answer
+        raise ExportError(f"{engine.name} cannot run {request['path']}: {said[:2000]}", hint=UNPROVED)
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    try:
+        return _Said.model_validate_json(last)
+    except ValidationError as error:
+        raise ExportError(
+            f"{engine.name} in {engine.program} answered {last[:80]!r} for {request['path']}, which are no tokens",
+            hint=UNPROVED,
+        ) from error
