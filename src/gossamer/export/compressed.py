@@ -133,4 +133,4 @@ class CompressedReader(FolderReader):
     def weight(self, name: str) -> torch.Tensor:
         module, _, suffix = name.rpartition(".")
         quantized = suffix == "weight" and self.has(f"{module}.weight_scale")
-        return self.unpacked(module) if quantized else super().weight(name)
+        return self.unpacked(module) if quantized else self.tensor(name).float()

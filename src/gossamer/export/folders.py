@@ -13,10 +13,10 @@ from safetensors import safe_open
 
 from ..checkpoint import Checkpoint, Entry
 from ..checkpoint.save import told, write_companions, write_config, write_weights
-from ..errors import ExportError
+from ..errors import ExportError, ProofFailed
 from ..formats import Integer
 from ..model import FAMILIES
-from .base import FLOATS, Export, Options, Progress, holds, linear_formats, refuse_ragged
+from .base import FLOATS, MISTAKE, Export, Options, Progress, holds, linear_formats, refuse_ragged
 
 FLOAT_RECIPES = "recipes that leave embedding and head in float (int4-gptq, int4-rtn, int8-rtn) give what it can read"
 
@@ -111,7 +111,7 @@ def one_grid(checkpoint: Checkpoint, target: str, wanted: str) -> Integer:
     return first
 
 
-class FolderReader:
+class FolderReader(abc.ABC):
     """Tensors of a folder by the library `safetensors`; what they stand for is the subclass's own formula."""
 
     def __init__(self, folder: Path) -> None:
@@ -124,7 +124,9 @@ class FolderReader:
         self.nbytes = sum(self.tensor(name).nbytes for name in self._where)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A stored tensor."""
+        """A stored tensor. Raises ProofFailed if it is not there."""
+        if name not in self._where:
+            raise ProofFailed(f"{self.folder}: nothing stores {name}", hint=MISTAKE)
         found: torch.Tensor = self._where[name].get_tensor(name)
         return found
 
@@ -134,6 +136,6 @@ class FolderReader:
     def weight(self, name: str) -> torch.Tensor:
         return self.tensor(name).float() if self.has(name) else self.unpacked(name.removesuffix(".weight"))
 
+    @abc.abstractmethod
     def unpacked(self, module: str) -> torch.Tensor:
         """float32 [out, in] of a quantized weight."""
-        raise ExportError(f"{self.folder}: nothing stores {module}")

@@ -54,9 +54,7 @@ def minima(form: Integer, codes: Codes) -> Tensor:
 
 def encode(kind: str, form: Format, codes: Codes) -> Tensor:
     """uint8 [out, bytes of a row]: the blocks of a weight that this type holds."""
-    if isinstance(form, Codebook):
-        raise ValueError(f"{form.name} is encoded from its stored tensors")
-    assert isinstance(form, Integer)
+    assert isinstance(form, Integer)  # those of a codebook are encoded from its stored tensors
     columns = codes.codes.shape[1]
     scale = _halves(spread(codes.scale, columns, BLOCK))
     if kind in SYMMETRIC:

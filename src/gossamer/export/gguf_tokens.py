@@ -6,6 +6,7 @@ What is written must give the same tokens when it is read, which `check` tries o
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..checkpoint.gguf_tokenizer import COMPOSED, PRE_TOKENIZERS, WHOLE_WORDS, t
 from ..checkpoint.sentencepiece import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from ..errors import ExportError, GossamerError
 
+CARRIED = "gossamer convert carries the tokenizer over as it is, in a folder that transformers loads"
 PROBES = (
     "Hello, world!",
     "  two spaces, a\ttab\nand\n\nlines\r\n",
@@ -34,7 +36,7 @@ def tokenizer_metadata(tokenizer: Tokenizer, hf_config: Mapping[str, Any], vocab
     data = json.loads(tokenizer.to_json())
     model = data["model"]
     if model["type"] != "BPE":
-        raise ExportError(f"gguf: a tokenizer of type {model['type']} is not supported, BPE is")
+        raise ExportError(f"gguf: a tokenizer of type {model['type']} is not written, BPE is", hint=CARRIED)
     byte_level = "ByteLevel" in json.dumps([data["pre_tokenizer"], data["decoder"]])
     tokens = _tokens(data, vocab_size)
     types = _types(data, tokens, byte_level, vocab_size)
@@ -63,23 +65,33 @@ def check(tokenizer: Tokenizer, metadata: Metadata, vocab_size: int, path: Path)
     try:
         written = tokenizer_from_gguf(metadata, vocab_size, path)
     except GossamerError as error:
-        raise ExportError(f"gguf: the tokenizer could not be read back: {error.message}") from error
+        raise ExportError(f"gguf: the tokenizer cannot be read back: {error.message}", hint=CARRIED) from error
     special = [tokenizer.token(i) or "" for i in sorted(tokenizer.special_ids)]
     for probe in (*PROBES, "".join(special[:8]), *(f"a {text} b" for text in special[:8])):
         ours, theirs = tokenizer.encode(probe), written.encode(probe)
         if ours != theirs:
             raise ExportError(
-                f"gguf: {probe!r} is {ours[:12]} to our tokenizer and {theirs[:12]} to the one that GGUF can describe"
+                f"gguf: {probe!r} is {ours[:12]} to our tokenizer and {theirs[:12]} to the one that GGUF can describe",
+                hint=CARRIED,
             )
     if written.chat_template != tokenizer.chat_template:
-        raise ExportError("gguf: the chat template was read back as another one")
+        raise ExportError(
+            f"gguf: the chat template {reprlib.repr(tokenizer.chat_template)} is read back as "
+            f"{reprlib.repr(written.chat_template)}",
+            hint=CARRIED,
+        )
 
 
 def _tokens(data: Mapping[str, Any], vocab_size: int) -> dict[int, str]:
     tokens = {number: text for text, number in data["model"]["vocab"].items()}
     tokens |= {added["id"]: added["content"] for added in data["added_tokens"]}
-    if max(tokens) >= vocab_size:
-        raise ExportError(f"gguf: the tokenizer has token {max(tokens)}, the model only {vocab_size}")
+    last = max(tokens, default=-1)
+    if last >= vocab_size:
+        raise ExportError(
+            f"gguf: the tokenizer has token {last} ({tokens[last][:40]!r}), and the model only the tokens below "
+            f"{vocab_size}",
+            hint=f"take it out of the tokenizer; or {CARRIED}",
+        )
     return tokens
 
 
@@ -116,7 +128,11 @@ def _around(tokenizer: Tokenizer) -> dict[str, bool]:
     first = 1 if with_special[:1] == [tokenizer.bos_id] and bare[:1] != [tokenizer.bos_id] else 0
     after = with_special[first + len(bare) :]
     if with_special[first:] != bare + after or not set(after) <= tokenizer.eos_ids or len(after) > 1:
-        raise ExportError("gguf: the tokenizer puts other tokens around a text than one at its start or end")
+        raise ExportError(
+            f"gguf: the tokenizer makes {bare} of 'a', and {with_special} with what it puts around a text: "
+            "GGUF can say one start token and one end token",
+            hint=CARRIED,
+        )
     return {"tokenizer.ggml.add_bos_token": bool(first), "tokenizer.ggml.add_eos_token": bool(after)}
 
 
@@ -130,7 +146,7 @@ def _pre(data: Mapping[str, Any]) -> str:
             return name
     raise ExportError(
         f"gguf: llama.cpp has no name for how this tokenizer splits text: {json.dumps(data['pre_tokenizer'])[:200]}",
-        hint="--to transformers or vllm carry the tokenizer over as it is",
+        hint=CARRIED,
     )
 
 

@@ -28,10 +28,22 @@ from torch import Tensor
 from ..checkpoint import Checkpoint, write_file
 from ..checkpoint.files import read_json
 from ..checkpoint.save import write_companions
-from ..errors import ExportError
+from ..errors import ExportError, ProofFailed
 from ..formats import Dense, Integer
 from ..model import FAMILIES
-from .base import FOLDER, Export, Options, Progress, form_of, holds, in_block, linear_formats, refuse_ragged, stored_of
+from .base import (
+    FOLDER,
+    MISTAKE,
+    Export,
+    Options,
+    Progress,
+    form_of,
+    holds,
+    in_block,
+    linear_formats,
+    refuse_ragged,
+    stored_of,
+)
 from .grids import divides, spread, steps
 from .mlc_families import MLC_FAMILIES, misread, parameters
 
@@ -271,7 +283,10 @@ class MLCReader:
         self._records: dict[str, tuple[str, dict[str, Any]]] = {}
         for shard in read_json(folder / INDEX, 1 << 28)["records"]:
             if hashlib.md5((folder / shard["dataPath"]).read_bytes()).hexdigest() != shard["md5sum"]:
-                raise ExportError(f"{folder}: {shard['dataPath']} is not what {INDEX} says")
+                raise ProofFailed(
+                    f"{folder}: {shard['dataPath']} is not what was written into it, by its md5 in {INDEX}",
+                    hint="the disk, or another program, has changed it: export again",
+                )
             self._records |= {record["name"]: (shard["dataPath"], record) for record in shard["records"]}
         self.nbytes = sum(record["nbytes"] for _, record in self._records.values())
         self._how = LAYOUTS[read_json(folder / "mlc-chat-config.json")["quantization"]]
@@ -292,6 +307,8 @@ class MLCReader:
         return weight
 
     def _array(self, name: str) -> Tensor:
+        if name not in self._records:
+            raise ProofFailed(f"{self._folder}: {INDEX} has no {name}", hint=MISTAKE)
         file, record = self._records[name]
         start = record["byteOffset"]
         data = np.fromfile(self._folder / file, np.uint8, record["nbytes"], offset=start)

@@ -106,7 +106,10 @@ class TensorRTExport(FolderExport):
 
     def _check(self, name: str) -> None:
         if self.checkpoint.shape(name)[0] % 2:
-            raise ExportError(f"{self.target}: {name} has an odd number of rows, and two go into a byte")
+            raise ExportError(
+                f"{self.target}: {name} has {self.checkpoint.shape(name)[0]} rows, and two go into a byte",
+                hint="--to vllm takes any number",
+            )
         if as_half(self._codes(name).scale) is None:
             raise ExportError(
                 f"{self.target}: the scales of {name} are not exact in float16", hint="--to vllm keeps them as they are"
@@ -138,13 +141,14 @@ class TensorRTReader(FolderReader):
     """The layout read by the words of hf_quant_config.json; a nibble from 8 on is negative."""
 
     def weight(self, name: str) -> Tensor:
-        module = name.removesuffix(".weight")
         stored = self.tensor(name)
+        packed = stored.dtype in (torch.uint8, torch.float8_e4m3fn)
+        return self.unpacked(name.removesuffix(".weight")) if packed else stored.float()
+
+    def unpacked(self, module: str) -> Tensor:
+        stored, scale = self.tensor(f"{module}.weight"), self.tensor(f"{module}.weight_scale").float()
         if stored.dtype == torch.float8_e4m3fn:
-            return stored.float() * self.tensor(f"{module}.weight_scale").unsqueeze(1)
-        if stored.dtype != torch.uint8:
-            return stored.float()
-        scale = self.tensor(f"{module}.weight_scale").float()
+            return stored.float() * scale.unsqueeze(1)
         weight = torch.empty(len(stored) * 2, stored.shape[1])
         for row in range(len(weight)):
             nibble = (stored[row // 2] >> 4 * (row % 2)).float() % 16
