@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import CorruptCheckpoint, ModelNotFound, UnsafeCheckpoint
+from ..errors import CorruptCheckpoint, UnsafeCheckpoint
 from .safetensors_io import TensorInfo, row_range
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -30,8 +30,6 @@ class PickleFile:
             content = self._load(mmap=True)
         except pickle.UnpicklingError as error:
             raise UnsafeCheckpoint(f"{path}: holds more than tensors: {str(error)[:200]}") from error
-        except FileNotFoundError as error:
-            raise ModelNotFound(f"{path}: no such file") from error
         except Exception as error:  # torch raises many kinds for a damaged archive
             raise CorruptCheckpoint(f"{path}: not a torch checkpoint: {str(error)[:200]}") from error
         if not isinstance(content, dict):
