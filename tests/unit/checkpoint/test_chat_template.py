@@ -123,6 +123,38 @@ def test_a_template_without_measure_is_stopped(impatient: None, template: str) -
     assert render("fine", {}) == "fine"
 
 
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ ''.__class__ }}", "reaches for what it may not: the attribute '__class__' of a str"),
+        ("{% set ns = namespace(__x=1) %}", "reaches for what it may not: the name '__x'"),
+        ("{% for i in range(90000) %}{{ 'x' * 100 }}{% endfor %}", r"prints more than \d+ characters"),
+    ],
+)
+def test_what_a_template_may_not_do_is_named(template: str, why: str) -> None:
+    with pytest.raises(ChatTemplateError, match=f"the chat template failed: {why}"):
+        render(template, {})
+
+
+def test_a_conversation_and_an_answer_have_a_largest_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "MAX_REQUEST", 100)
+    with pytest.raises(ChatTemplateError, match=r"a conversation of \d{3} bytes, more than 100"):
+        render("x" * 100, {})
+    monkeypatch.setattr(chat_template, "MAX_ANSWER", 20)
+    with pytest.raises(ChatTemplateError, match=r"the chat template was stopped: an answer of \d\d bytes"):
+        render("{{ 'x' * 40 }}", {})
+
+
+def test_a_worker_that_ends_while_it_is_asked_is_an_error() -> None:
+    worker = chat_template._Worker()
+    assert worker.ask(b'{"template": "a", "variables": {}}') == {"text": "a"}
+    os.kill(worker._process.pid, signal.SIGKILL)
+    worker._process.wait()
+    with pytest.raises(chat_template._LostError, match="its process ended"):
+        worker.ask(b'{"template": "a", "variables": {}}')
+    worker.stop()
+
+
 def test_what_the_template_says_against_a_conversation_reaches_the_user() -> None:
     with pytest.raises(ChatTemplateError, match="refused the conversation: roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}", {})

@@ -166,6 +166,10 @@ def test_what_does_not_fit_is_refused(tmp_path) -> None:
     write(tmp_path / "m.gguf", oracle, "gpt2")
     with pytest.raises(CorruptCheckpoint, match="190 rows"):
         open_checkpoint(tmp_path / "m.gguf")
+    oracle.config.num_key_value_heads = 2
+    write(tmp_path / "g.gguf", oracle, "gpt2")
+    with pytest.raises(UnsupportedModel, match=r"g\.gguf: gpt2\.attention\.head_count_kv differs from the number"):
+        open_checkpoint(tmp_path / "g.gguf")
     writer = gguf.GGUFWriter(tmp_path / "o.gguf", "opt")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

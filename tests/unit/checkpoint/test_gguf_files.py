@@ -182,6 +182,9 @@ def test_a_token_outside_the_vocabulary_is_no_token(tmp_path: Path, tiny: Any) -
         ({"split__count": 3}, "one of 3 parts"),
         ({"llama__attention__value_length": 8}, "value_length"),
         ({"llama__attention__head_count_kv": [2, 1]}, "head_count_kv"),
+        ({"extra": {"rope_freqs.weight": np.ones((2, 4), np.float32)}}, r"rope_freqs\.weight is F32 \[2, 4\]"),
+        ({"extra": {"rope_freqs.weight": np.ones(8, np.float16)}}, r"rope_freqs\.weight is F16 \[8\]"),
+        ({"extra": {"rope_freqs.weight": np.ones(4097, np.float32)}}, r"rope_freqs\.weight is F32 \[4097\]"),
         ({"extra": {"blk.0.ffn_gate_inp.weight": np.zeros((4, 64), np.float32)}}, r"blk\.0\.ffn_gate_inp\.weight"),
     ],
 )

@@ -285,6 +285,19 @@ def test_rm_of_an_artifact_takes_its_links_and_not_what_they_lead_to(artifact: P
     assert not artifact.exists()
 
 
+@pytest.mark.parametrize("swap", ["a link", "no manifest"])
+def test_what_changes_between_its_finding_and_its_removal_stays(artifact: Path, tmp_path: Path, swap: str) -> None:
+    model = library.find(str(artifact))
+    if swap == "a link":
+        artifact.rename(tmp_path / "elsewhere")
+        artifact.symlink_to(tmp_path / "elsewhere")
+    else:
+        (artifact / "gossamer.json").unlink()
+    with pytest.raises(UnsafeCheckpoint, match="no longer the artifact that it was"):
+        library.remove(model)
+    assert (artifact / "model.safetensors").is_file()
+
+
 def test_pull_says_where_a_model_is(cache: Path, tiny: Any, artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     snapshot = cached(cache, tiny)
     assert main(["pull", "org/name", "--json"]) == 0

@@ -131,6 +131,8 @@ BAD_HEADERS: dict[str, tuple[Any, bytes]] = {
     "range past the end": ({"a": {"dtype": "U8", "shape": [1 << 40], "data_offsets": [0, 1 << 40]}}, bytes(8)),
     "range of another size": ({"a": {**F32, "shape": [3]}}, bytes(8)),
     "range backwards": ({"a": {**F32, "data_offsets": [8, 0]}}, bytes(8)),
+    "one position": ({"a": {**F32, "data_offsets": [8]}}, bytes(8)),
+    "positions in words": ({"a": {**F32, "data_offsets": ["0", "8"]}}, bytes(8)),
     "overflowing shape": ({"a": {**F32, "shape": [1 << 62, 4]}}, bytes(8)),
     "huge number": (b'{"a":{"dtype":"F32","shape":[1' + b"0" * 5000 + b'],"data_offsets":[0,8]}}', bytes(8)),
     "negative size": ({"a": {**F32, "shape": [-2]}}, bytes(8)),

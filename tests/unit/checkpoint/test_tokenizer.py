@@ -407,6 +407,8 @@ def test_each_rule_splits_as_its_name_says(pre: str, expected: list[str]) -> Non
         {"tokenizer__ggml__tokens": ["a", "a"], "tokenizer__ggml__token_type": [1, 1]},
         {"tokenizer__ggml__tokens": ["x"] * 5000},
         {"tokenizer__ggml__token_type": [1]},
+        {"tokenizer__ggml__token_type": ["control"]},
+        {"tokenizer__ggml__token_type": 3},
         {"tokenizer__ggml__token_type": None, "tokenizer__ggml__merges": ["nospace"]},
         {"tokenizer__ggml__merges": ["not there"]},
         {"tokenizer__ggml__merges": [1, 2]},
