@@ -2,11 +2,12 @@
 
     python benchmarks/bench_simulation.py [MODEL] [--rounds N] [--quick] [--write]
 
-Each round: a calibration load on a server that notes its steps, to which the cost of a step is fitted; then, on a fresh
-`gossamer serve MODEL` each, 16 clients and requests at random moments by `gossamer bench serve`, with lengths, moments
-and numbers that the calibration did not have. The same plans are simulated. A difference is simulated over measured,
-less one. Leave the machine alone meanwhile: what others took is in the table. The last line is one JSON object; --write
-writes docs/results/simulation.md. Exit code 1 if a request failed.
+Each round: 16 clients, and requests at random moments, by `gossamer bench serve`, each on a fresh server that notes
+its steps. Before and after, the same server gets calibration loads of other lengths, moments and numbers; the cost of a
+step is fitted to the steps of those alone, half from either side, for the machine's speed drifts within minutes. The
+same plans are simulated. A difference is simulated over measured, less one. Leave the machine alone meanwhile: what
+others took is in the table. The last line is one JSON object; --write writes docs/results/simulation.md. Exit code 1 if
+a request failed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ WANTED = 0.15
 LOAD_SECONDS = 900.0
 BUSY = 0.6
 """Share of what 16 clients get through that requests at random moments are sent at."""
-ALONE = LoadPlan(requests=12, concurrency=1, input_tokens=Length(160, 120), output_tokens=Length(24, 8), seed=101)
-MANY = LoadPlan(requests=72, concurrency=24, input_tokens=Length(160, 144), output_tokens=Length(40, 32), seed=102)
+ALONE = LoadPlan(requests=8, concurrency=1, input_tokens=Length(160, 120), output_tokens=Length(24, 8))
+MANY = LoadPlan(requests=40, concurrency=24, input_tokens=Length(160, 144), output_tokens=Length(40, 32))
 CLOSED = LoadPlan(requests=96, concurrency=16, input_tokens=Length(128, 96), output_tokens=Length(64, 48))
 OPEN = LoadPlan(requests=96, rate=1.0, input_tokens=Length(128, 96), output_tokens=Length(64, 48))
 FIGURES = {
@@ -60,14 +61,35 @@ JUDGED = ("output tokens/s", "TTFT p99", "TPOT p99", "e2e p99")
 """What must be within WANTED."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Calibration:
-    """What a round learnt of the server."""
+    """What a server's own loads told, so far."""
 
-    cost: StepCost
-    options: ReplicaOptions
-    foreign: float
-    """Cores that others took."""
+    file: Path
+    """Where it notes its steps."""
+    steps: list[tuple[StepWork, float]] = field(default_factory=list)
+    alone: list[tuple[LoadPlan, float]] = field(default_factory=list)
+    """Loads of one client, and the mean time to a first token."""
+
+    def load(self, url: str, seed: int, quick: bool) -> None:
+        """One client and then many, and the steps that they took. Raises Failed."""
+        began = len(self.file.read_text().splitlines())
+        plan = replace(ALONE, seed=seed)
+        self.alone.append((plan, ask(url, plan)["ttft_s"]["mean"]))
+        ask(url, shortened(replace(MANY, seed=seed + 1), quick))
+        lines = [json.loads(line) for line in self.file.read_text().splitlines()[began:]]
+        self.steps += [(StepWork(*work), seconds) for seconds, *work in lines]
+
+    def options(self) -> ReplicaOptions:
+        """The server's."""
+        blocks, batch_tokens, sequences = json.loads(self.file.read_text().splitlines()[0])
+        return ReplicaOptions(16 * blocks, batch_tokens, sequences)
+
+    def cost(self) -> StepCost:
+        """Of a step, and of a request besides its steps."""
+        cost, options = fit(self.steps), self.options()
+        rest = [ttft - simulated(plan, cost, options)["ttft_s"]["mean"] for plan, ttft in self.alone]
+        return replace(cost, request_s=max(0.0, statistics.mean(rest)))
 
 
 def main() -> int:
@@ -97,59 +119,33 @@ def main() -> int:
 
 
 def one_round(model: str, seed: int, quick: bool) -> dict[str, Any]:
-    """One calibration, and both loads measured and simulated. Raises Failed."""
-    calibration = calibrate(model, quick)
-    cost = calibration.cost
-    say(f"round {seed}: a step {cost.numbers()}, off by {cost.about['median_relative_error']:.1%} at the median")
-    closed = shortened(replace(CLOSED, seed=seed), quick)
-    found = {"16 clients": compared(model, closed, calibration)}
-    capacity = found["16 clients"]["simulated"]["requests_per_s"]
-    spread = replace(OPEN, seed=seed, rate=round(BUSY * capacity, 2))
-    found["random moments"] = compared(model, shortened(spread, quick), calibration)
-    return {
-        "cost": asdict(cost),
-        "options": asdict(calibration.options),
-        "foreign": calibration.foreign,
-        "loads": found,
-    }
+    """Both loads measured and simulated. Raises Failed."""
+    say(f"round {seed}")
+    closed = compared(model, shortened(replace(CLOSED, seed=seed), quick), quick)
+    rate = round(BUSY * closed["measured"]["requests_per_s"], 2)
+    spread = compared(model, shortened(replace(OPEN, seed=seed, rate=rate), quick), quick)
+    return {"loads": {"16 clients": closed, "random moments": spread}}
 
 
 def shortened(plan: LoadPlan, quick: bool) -> LoadPlan:
     return replace(plan, requests=24) if quick else plan
 
 
-def calibrate(model: str, quick: bool) -> Calibration:
-    """The cost of a step, and of a request besides its steps, from a server under loads of its own. Raises Failed."""
+def compared(model: str, plan: LoadPlan, quick: bool) -> dict[str, Any]:
+    """One load on a fresh server between two calibrations, and the same in the simulation. Raises Failed."""
     with tempfile.TemporaryDirectory(prefix="gossamer-simulation-") as folder:
-        file, port = Path(folder, "steps"), serve_sides.free_port()
-        command = [sys.executable, str(HERE / "simulation_server.py"), model, str(port), str(file)]
-        with serve_sides.answering(command, {"PYTHONPATH": str(HERE)}, port, "simulation-calibration") as url:
-            watch = Watch()
+        calibration, port = Calibration(Path(folder, "steps")), serve_sides.free_port()
+        command = [sys.executable, str(HERE / "simulation_server.py"), model, str(port), str(calibration.file)]
+        with serve_sides.answering(command, {"PYTHONPATH": str(HERE)}, port, "simulation") as url:
             ask(url, replace(ALONE, requests=4, seed=100))  # whatever is slow the first time
-            began = len(file.read_text().splitlines())
-            alone = ask(url, ALONE)
-            ask(url, shortened(MANY, quick))
+            watch = Watch()
+            calibration.load(url, 101, quick)
+            measured = ask(url, plan)
+            calibration.load(url, 201, quick)
             foreign = watch.foreign_cores()
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-    (blocks, batch_tokens, sequences), steps = lines[0], lines[began:]
-    options = ReplicaOptions(16 * blocks, batch_tokens, sequences)
-    cost = fit([(StepWork(*work), seconds) for seconds, *work in steps])
-    computed = simulated(ALONE, cost, options)["ttft_s"]["mean"]
-    return Calibration(
-        replace(cost, request_s=max(0.0, alone["ttft_s"]["mean"] - computed)), options, round(foreign, 2)
-    )
-
-
-def compared(model: str, plan: LoadPlan, calibration: Calibration) -> dict[str, Any]:
-    """One load on a fresh server, and the same in the simulation. Raises Failed."""
-    port = serve_sides.free_port()
-    command = [sys.executable, "-m", "gossamer", "serve", model, "--port", str(port), "--kv-memory", "2GiB", "--quiet"]
-    with serve_sides.answering(command, {}, port, "simulation") as url:
-        ask(url, replace(ALONE, requests=4))
-        watch = Watch()
-        measured = ask(url, plan)
-        foreign = watch.foreign_cores()
-    guessed = simulated(plan, calibration.cost, calibration.options)
+        cost, options = calibration.cost(), calibration.options()
+    say(f"  a step {cost.numbers()}, off by {cost.about['median_relative_error']:.1%} at the median")
+    guessed = simulated(plan, cost, options)
     differences = {name: round(figure(guessed, name) / figure(measured, name) - 1, 4) for name in FIGURES}
     say("  " + ", ".join(f"{name} {difference:+.1%}" for name, difference in differences.items()))
     return {
@@ -157,6 +153,8 @@ def compared(model: str, plan: LoadPlan, calibration: Calibration) -> dict[str, 
         "measured": measured,
         "simulated": guessed,
         "differences": differences,
+        "cost": asdict(cost),
+        "options": asdict(options),
         "foreign": round(foreign, 2),
     }
 
@@ -200,9 +198,10 @@ def page(run: dict[str, Any]) -> str:
         f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {machine['os']}; {run['created'][:10]}. "
         f"{threads()} threads; {len(rounds)} rounds. {run['model']}"
         + (": its GGUF file was already 4-bit (Q4_1); held as bfloat16." if run["model"] == "smollm2" else "."),
-        "A round calibrates on a server of its own (other lengths, another seed, 1 and 24 clients), then measures and "
-        "simulates two loads: 16 clients, and requests at random moments at "
-        f"{BUSY:.0%} of what 16 clients get through. `gossamer serve` is started afresh for each. A difference is "
+        "Two loads are measured and simulated: 16 clients, and requests at random moments at "
+        f"{BUSY:.0%} of what 16 clients get through; each on a fresh server. Before and after it the same server gets "
+        "calibration loads (other lengths, other seeds, 1 and 24 clients), to whose steps alone the cost of a step is "
+        "fitted: the speed of the machine drifts. A difference is "
         f"simulated over measured, less one; wanted: within {WANTED:.0%} for the figures in bold. p99 of "
         f"{CLOSED.requests} requests is nearly the longest wait.",
         *(table(rounds, load) for load in loads),
@@ -251,18 +250,18 @@ def verdict(rounds: Sequence[dict[str, Any]]) -> str:
 def cost_table(rounds: Sequence[dict[str, Any]]) -> str:
     """The fitted lines, in Markdown."""
     lines = [
-        "| round | step, ms | prompt token, us | decoded token, us | context token, us | request, ms | steps "
-        "| median error of a step | others, cores |",
+        "| round | load | step, ms | prompt token, us | decoded token, us | context token, us | request, ms | steps "
+        "| median error of a step |",
         "|---" * 9 + "|",
     ]
     for i, found in enumerate(rounds):
-        cost, about = found["cost"], found["cost"]["about"]
-        lines.append(
-            f"| {i + 1} | {1e3 * cost['step_s']:.2f} | {1e6 * cost['prompt_token_s']:.0f} "
-            f"| {1e6 * cost['decode_token_s']:.0f} | {1e6 * cost['context_token_s']:.2f} "
-            f"| {1e3 * cost['request_s']:.1f} "
-            f"| {about['steps']} | {about['median_relative_error']:.1%} | {found['foreign']:.2f} |"
-        )
+        for load, of_load in found["loads"].items():
+            cost, about = of_load["cost"], of_load["cost"]["about"]
+            lines.append(
+                f"| {i + 1} | {load} | {1e3 * cost['step_s']:.2f} | {1e6 * cost['prompt_token_s']:.0f} "
+                f"| {1e6 * cost['decode_token_s']:.0f} | {1e6 * cost['context_token_s']:.2f} "
+                f"| {1e3 * cost['request_s']:.1f} | {about['steps']} | {about['median_relative_error']:.1%} |"
+            )
     return "\n".join(lines)
 
 
