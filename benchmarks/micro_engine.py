@@ -219,12 +219,12 @@ class Bench:
         fill(model, self.threads)
         tables = np.random.default_rng(0).permutation(sequences * blocks).astype(np.int32).reshape(sequences, blocks)
         step = batch(sequences, queries, context, tables)
-        out = np.empty(0, np.int32)
+        nothing = np.empty(0, np.int32), np.empty(0, np.float32)
         samples: list[float] = []
         end = time.perf_counter() + self.seconds
         while len(samples) < 6 or time.perf_counter() < end:
             model.phase_seconds()
-            model.best(*step, True, self.threads, out)
+            model.best(*step, True, self.threads, *nothing)
             samples.append(model.phase_seconds()["attention"])
         seconds = statistics.median(samples[1:])
         seen = sum(range(context - queries + 1, context + 1))  # over the queries, what each of them sees
@@ -288,10 +288,10 @@ def attention_model() -> Any:
 
 def fill(model: Any, threads: int) -> None:
     """Write every block of the cache, as a sequence of its own: memory that was never written is nowhere to be read."""
-    per_step = FILL_TOKENS // BLOCK_SIZE
+    per_step, nothing = FILL_TOKENS // BLOCK_SIZE, (np.empty(0, np.int32), np.empty(0, np.float32))
     for start in range(0, model.blocks, per_step):
         tables = np.arange(start, min(start + per_step, model.blocks), dtype=np.int32)[:, None]
-        model.best(*batch(len(tables), BLOCK_SIZE, BLOCK_SIZE, tables), True, threads, np.empty(0, np.int32))
+        model.best(*batch(len(tables), BLOCK_SIZE, BLOCK_SIZE, tables), True, threads, *nothing)
 
 
 def batch(sequences: int, queries: int, context: int, tables: Ints) -> tuple[Ints, ...]:

@@ -416,29 +416,36 @@ void step_logits(Model& model, Ints tokens, Ints query_start, Ints context_lens,
   model.logits(step, {exact, threads}, out.data());
 }
 
+// States of an earlier stage, where there are any.
+void continue_from(Step& step, const Model& model, const std::optional<Array<const float, 2>>& states) {
+  if (!states) return;
+  require(int64_t(states->shape(0)) == step.token_count && int64_t(states->shape(1)) == model.shape.hidden_size,
+          "states do not fit the tokens");
+  step.states = states->data();
+}
+
 void step_hidden(Model& model, Ints tokens, Ints query_start, Ints context_lens, Array<const int32_t, 2> block_tables,
                  Ints logit_rows, bool exact, int threads, Array<float, 2> out,
                  std::optional<Array<const float, 2>> states) {
   Step step = step_of(tokens, query_start, context_lens, block_tables, logit_rows);
   require(int64_t(out.shape(0)) == step.row_count && int64_t(out.shape(1)) == model.shape.hidden_size,
           "out does not fit the rows");
-  if (states) {
-    require(int64_t(states->shape(0)) == step.token_count && int64_t(states->shape(1)) == model.shape.hidden_size,
-            "states do not fit the tokens");
-    step.states = states->data();
-  }
+  continue_from(step, model, states);
   checked(threads);
   nb::gil_scoped_release release;
   model.hidden(step, {exact, threads}, out.data());
 }
 
-bool step_best(Model& model, Ints tokens, Ints query_start, Ints context_lens, Array<const int32_t, 2> block_tables,
-               Ints logit_rows, bool exact, int threads, Array<int32_t, 1> out) {
-  const Step step = step_of(tokens, query_start, context_lens, block_tables, logit_rows);
-  require(int64_t(out.shape(0)) == step.row_count, "out does not fit the rows");
+void step_best(Model& model, Ints tokens, Ints query_start, Ints context_lens, Array<const int32_t, 2> block_tables,
+               Ints logit_rows, bool exact, int threads, Array<int32_t, 1> out, Array<float, 1> values,
+               std::optional<Array<const float, 2>> states) {
+  Step step = step_of(tokens, query_start, context_lens, block_tables, logit_rows);
+  require(int64_t(out.shape(0)) == step.row_count && int64_t(values.shape(0)) == step.row_count,
+          "out does not fit the rows");
+  continue_from(step, model, states);
   checked(threads);
   nb::gil_scoped_release release;
-  return model.best(step, {exact, threads}, out.data());
+  model.best(step, {exact, threads}, out.data(), values.data());
 }
 
 void head_logits(Model& model, Array<const float, 2> states, bool exact, int threads, Array<float, 2> out) {
@@ -579,7 +586,8 @@ void bind_engine(nb::module_& m) {
       .def("hidden", step_hidden, tokens, query_start, context_lens, tables, rows, exact, threads, out,
            nb::arg("states").noconvert().none() = nb::none())
       .def("share_with", share_with, nb::arg("sum"), nb::arg("leads"))
-      .def("best", step_best, tokens, query_start, context_lens, tables, rows, exact, threads, out)
+      .def("best", step_best, tokens, query_start, context_lens, tables, rows, exact, threads, out,
+           nb::arg("values").noconvert(), nb::arg("states").noconvert().none() = nb::none())
       .def("head", head_logits, nb::arg("states").noconvert(), exact, threads, out);
   m.def("sample_rows", sample_rows, nb::arg("logits").noconvert(), nb::arg("temperatures").noconvert(),
         nb::arg("top_ks").noconvert(), nb::arg("top_ps").noconvert(), nb::arg("min_ps").noconvert(),

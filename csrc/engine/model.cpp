@@ -233,12 +233,11 @@ void Model::execute_step(const Step& step, const Options& options, float* out) {
   execute(run);
 }
 
-bool Model::best(const Step& step, const Options& options, int32_t* tokens) {
+void Model::best(const Step& step, const Options& options, int32_t* tokens, float* values) {
   const std::scoped_lock lock(mutex_);
   Run& run = *run_;
   run.what = Run::best;
   execute_step(step, options, nullptr);
-  bool finite = true;
   const int threads = std::max(1, options.threads);
   for (int64_t r = 0; r < step.row_count; ++r) {
     float most = -INFINITY, poison = 0.0f;
@@ -253,10 +252,9 @@ bool Model::best(const Step& step, const Options& options, int32_t* tokens) {
       }
       for (int k = 0; k < TileRows; ++k) poison += found.poison.data()[r * TileRows + k];
     }
-    finite = finite && poison == 0.0f && std::isfinite(most);
     tokens[r] = index;
+    values[r] = poison == 0.0f && std::isfinite(most) ? most : NAN;
   }
-  return finite;
 }
 
 void Model::head(const float* states, int64_t rows, const Options& options, float* out) {

@@ -91,7 +91,8 @@ class Model {
 
   void logits(const Step&, const Options&, float* out);         // [row_count, vocab_size]
   void hidden(const Step&, const Options&, float* out);         // [row_count, hidden_size], before the final norm
-  bool best(const Step&, const Options&, int32_t* tokens);      // [row_count]; false if some result is not finite
+  // The largest logit [row_count] before any softcap, NaN where some are not finite, and its token.
+  void best(const Step&, const Options&, int32_t* tokens, float* values);
   void head(const float* states, int64_t rows, const Options&, float* out);
 
   // Seconds that the calling thread has spent in each phase since the last call, waiting for others included.

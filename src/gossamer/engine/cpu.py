@@ -110,11 +110,14 @@ class CpuBackend(Backend):
     def hidden(self, batch: Batch, before: Tensor | None = None) -> Tensor:
         """As the seam says; `before`: [T, hidden_size], what the layers of an earlier stage made of the tokens."""
         out = np.empty((len(batch.logit_rows), self.config.hidden_size), np.float32)
-        if before is None:
-            self._step("hidden", batch, out)
-        else:
-            self._step("hidden", batch, out, before.contiguous().numpy())
+        self._step("hidden", batch, out, *_states(before))
         return torch.from_numpy(out)
+
+    def best(self, batch: Batch, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Largest logit [R], NaN where some are not finite, and its token int64 [R]; `before`: as of `hidden`."""
+        tokens, values = np.empty(len(batch.logit_rows), np.int32), np.empty(len(batch.logit_rows), np.float32)
+        self._step("best", batch, tokens, values, *_states(before))
+        return torch.from_numpy(values), torch.from_numpy(tokens).long()
 
     def share_with(self, add_up: Any, leads: bool) -> None:
         """Compute as one rank of several: `add_up` replaces a float32 array by its sum over them; one of them leads."""
@@ -123,10 +126,10 @@ class CpuBackend(Backend):
     def argmax(self, batch: Batch) -> Tensor:
         from .sampling import raise_not_finite
 
-        out = np.empty(len(batch.logit_rows), np.int32)
-        if not self._step("best", batch, out):
+        values, tokens = self.best(batch)
+        if values.isnan().any():
             raise_not_finite()
-        return torch.from_numpy(out).long()
+        return tokens
 
     def head(self, states: Tensor) -> Tensor:
         rows = states.contiguous().numpy()
@@ -152,13 +155,17 @@ class CpuBackend(Backend):
     def _threads(self) -> int:
         return settings.threads() if self.threads is None else self.threads
 
-    def _step(self, method: str, batch: Batch, out: NDArray[Any], *more: NDArray[Any]) -> Any:
+    def _step(self, method: str, batch: Batch, out: NDArray[Any], *more: NDArray[Any]) -> None:
         arrays = (batch.tokens, batch.query_start, batch.context_lens, batch.block_tables, batch.logit_rows)
         try:
-            return getattr(self._model, method)(*arrays, self.activations == "exact", self._threads(), out, *more)
+            getattr(self._model, method)(*arrays, self.activations == "exact", self._threads(), out, *more)
         except (ValueError, TypeError) as error:
             batch.check(self.config, self._model.blocks)  # says it in the same words as every backend
             raise EngineError(f"batch: {error}") from error
+
+
+def _states(before: Tensor | None) -> list[NDArray[Any]]:
+    return [] if before is None else [before.contiguous().numpy()]
 
 
 class _Loader:

@@ -62,6 +62,9 @@ class Part:
             every = replace(batch, logit_rows=np.arange(len(batch.tokens), dtype=np.int32))
             self.peers.send(self._hidden(every, before))
             return None
+        if verb == "argmax" and isinstance(self.backend, CpuBackend):
+            value, token = self.backend.best(self._own(batch, before), before)
+            return value, token + self.share.vocab[0]
         states = self._hidden(batch, before)
         if verb == "hidden":
             return (states,) if self.share.tp_rank == 0 else None
@@ -77,9 +80,13 @@ class Part:
         return value, token + self.share.vocab[0]
 
     def _hidden(self, batch: Batch, before: Tensor | None) -> Tensor:
+        return self.backend.hidden(self._own(batch, before), before)
+
+    def _own(self, batch: Batch, before: Tensor | None) -> Batch:
+        """The batch with the tokens whose embeddings lie here; only C++ looks them up in a part of the vocabulary."""
         if isinstance(self.backend, CpuBackend) and self.share.tp > 1 and before is None:
-            batch = replace(batch, tokens=_own_tokens(batch.tokens, *self.share.vocab))
-        return self.backend.hidden(batch, before)
+            return replace(batch, tokens=_own_tokens(batch.tokens, *self.share.vocab))
+        return batch
 
 
 def _own_tokens(tokens: np.ndarray, first: int, stop: int) -> np.ndarray:
