@@ -65,7 +65,12 @@ def _output(made: Export, out: Path) -> Iterator[Path]:
 
 
 def _engine(made: Export, options: Options, proving: Proving) -> engines.Engine | None:
-    """The target's engine if it is there. Raises ExportError for one that was named and is not."""
+    """The target's engine if it is there. Raises ExportError for one that was named and is not, or is not run."""
+    if options.llama_cpp is not None and made.engine != "llama.cpp":
+        raise ExportError(
+            f"{made.target}: no program of llama.cpp is run for it, and {options.llama_cpp} was named",
+            hint="leave out --llama-cpp",
+        )
     if not (proving.verify and proving.engine) or made.engine is None:
         if proving.python is not None:
             why = "no engine of this target is driven" if made.engine is None else "nothing is run without verifying"

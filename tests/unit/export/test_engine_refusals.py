@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from exports import make_artifact, run_export
+from gossamer.checkpoint import memory
 from gossamer.cli import main
 from gossamer.errors import CorruptCheckpoint, ExportError, ProofFailed
 from gossamer.export import engines
@@ -115,6 +116,16 @@ def test_a_worker_that_answers_another_model_is_caught(tmp_path, tokens, words) 
     assert "reads the model wrongly" in str(error.hint)
 
 
+def test_answers_that_no_memory_is_left_to_judge_are_not_said_to_be_judged(tmp_path, monkeypatch) -> None:
+    said = json.dumps({"version": "1.0", "tokens": [[7]] * 3})
+    python = interpreter(tmp_path, f"echo '{said}'")
+    monkeypatch.setattr(memory, "available_memory", lambda: 1000)
+    model = make_artifact(tmp_path / "m", Integer(4, 32))
+    record = run_export(model, "transformers", tmp_path / "out", proving=Proving(python=python))
+    assert record["engine"].startswith("transformers was not judged: ")
+    assert record["weights"]["max_abs_error"] == 0.0
+
+
 def test_a_python_without_the_engine_is_refused(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(engines, "PROBE_SECONDS", 0.5)
     (tmp_path / "text").write_text("no program")
@@ -147,6 +158,20 @@ def test_a_python_that_nothing_runs_in_is_refused(tmp_path, capsys) -> None:
         assert why in said
         assert sys.executable in said
         assert "leave out --engine" in said
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
+
+
+def test_a_folder_of_llama_cpp_that_is_none_or_serves_nothing_is_refused(tmp_path, capsys) -> None:
+    model = make_artifact(tmp_path / "m", Integer(4, 32))
+    for target, folder, why, way_out in (
+        ("gguf", tmp_path / "absent", f"{tmp_path}/absent is no folder", "llama-server and llama-quantize"),
+        ("gguf", model / "config.json", "config.json is no folder", "llama-server and llama-quantize"),
+        ("vllm", tmp_path, f"vllm: no program of llama.cpp is run for it, and {tmp_path}", "leave out --llama-cpp"),
+    ):
+        assert main(["export", str(model), "--to", target, "-o", str(tmp_path / "o"), "--llama-cpp", str(folder)]) == 1
+        said = " ".join(capsys.readouterr().err.split())
+        assert why in said
+        assert way_out in said
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m"]
 
 

@@ -76,13 +76,17 @@ class Engine:
 def find(name: str, python: Path | None = None, llama_cpp_folder: Path | None = None) -> Engine | None:
     """The engine where it is installed: `python`'s environment or ours, llama.cpp's folder or PATH; else None.
 
-    Raises ExportError for a Python that was named and has it not.
+    Raises ExportError for a Python or a folder that was named and cannot have it.
     """
     if name == "llama.cpp":
         if python is not None:
             raise ExportError(
                 f"llama.cpp is a program, and no Python such as {python} runs it",
                 hint="--llama-cpp names the folder of llama-server; leave out --engine",
+            )
+        if llama_cpp_folder is not None and not llama_cpp_folder.is_dir():
+            raise ExportError(
+                f"{llama_cpp_folder} is no folder", hint="--llama-cpp names the one of llama-server and llama-quantize"
             )
         found = shutil.which("llama-server", path=None if llama_cpp_folder is None else str(llama_cpp_folder))
         return None if found is None else Engine(name, found)
