@@ -14,30 +14,63 @@ from factored import write
 from gossamer.checkpoint import open_checkpoint, safetensors_io
 from gossamer.checkpoint.files import RandomAccessFile
 from gossamer.checkpoint.safetensors_io import whole, write_safetensors
-from gossamer.errors import CorruptCheckpoint, GossamerError, TokenizerError, UnsafeCheckpoint
+from gossamer.errors import CorruptCheckpoint, GossamerError, TokenizerError, UnsafeCheckpoint, UnsupportedModel
 from gossamer.formats import Integer, LowRank
+from gossamer.model import config_from_hf
 from tiny_llama import make_folder
 
 INDEX, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
 NESTED = "re:" + "(" * 5000 + ")" * 5000
+ENDLESS = r"re:(?:(?:\w|\.|[a-z])*)*[!?]"
 
 
-def quantized_by(*targets: str, group_size: int) -> dict[str, Any]:
-    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": group_size}
+def quantized_by(*targets: str, stored: str = "pack-quantized", **said: Any) -> dict[str, Any]:
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, **said}
     groups = {"group_0": {"targets": list(targets), "weights": weights}}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    return {"quant_method": "compressed-tensors", "format": stored, "config_groups": groups}
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"attention_bias": "yes"}, CorruptCheckpoint, "attention_bias is 'yes', expected true or false"),
+        ({"num_key_value_heads": 3}, CorruptCheckpoint, "layer 0 has 4 query heads, not a multiple of its 3 key-value"),
+        ({"head_dim": 15}, CorruptCheckpoint, "head_dim is 15 with 15 rotary columns.*an even number"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, UnsupportedModel, "rope_type 'yarn' is not supported"),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"full_attention": 3}},
+            CorruptCheckpoint,
+            "rope_parameters is not an object of objects",
+        ),
+    ],
+)
+def test_a_config_that_no_model_has_is_named(tmp_path: Path, tiny: Any, changes: Any, error: Any, message: str) -> None:
+    with pytest.raises(error, match=rf"m/config\.json: {message}"):
+        open_checkpoint(tiny.folder(tmp_path / "m", **changes))
+
+
+def test_a_config_from_elsewhere_is_looked_at_too(tiny: Any) -> None:
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json: rope_parameters is not an object"):
+        config_from_hf(tiny.config(rope_parameters=[1]))
 
 
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
         (quantized_by("Linear", group_size=48), r"q_proj\.weight' \[64, 64\]: group_size 48 does not divide 64"),
-        (quantized_by(NESTED, group_size=32), r"config\.json: quantization_config"),
+        (quantized_by("Linear", type="float"), r"config_groups\.group_0: pack-quantized 'float' is not supported"),
+        (quantized_by("Linear", num_bits=9), r"config_groups\.group_0: num_bits 9 with strategy 'group' is not"),
+        (quantized_by("Linear", strategy="token"), r"config_groups\.group_0: num_bits 4 with strategy 'token' is not"),
+        (quantized_by("Linear", stored="marlin-24"), r"config_groups\.group_0: format 'marlin-24' is not supported"),
+        (quantized_by("Linear") | {"config_groups": []}, "quantization_config.config_groups is not an object"),
+        (quantized_by(NESTED), "quantization_config: maximum recursion depth"),
+        (quantized_by("re:("), r"quantization_config target 're:\(' is no usable pattern"),
+        (quantized_by(ENDLESS), r"quantization_config target 're:.*' is no usable pattern"),
     ],
-    ids=["a group that does not divide", "a pattern nested deep"],
+    ids=["group", "floats", "bits", "strategy", "format", "a list", "nested deep", "no pattern", "an endless pattern"],
 )
 def test_a_quantization_that_cannot_be_is_named(tmp_path: Path, tiny: Any, quantization: Any, message: str) -> None:
-    with pytest.raises(CorruptCheckpoint, match=message):
+    with pytest.raises((CorruptCheckpoint, UnsupportedModel), match=message):
         open_checkpoint(tiny.folder(tmp_path / "m", quantization_config=quantization))
 
 
