@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import __version__
 from ..checkpoint import Checkpoint, open_checkpoint
 from ..checkpoint.atomic import Lock
+from ..checkpoint.journal import Journal, differences, discard, require_same
 from ..checkpoint.manifest import read_manifest
 from ..checkpoint.memory import available_memory
 from ..errors import CompressionError, OutputExists, ResumeMismatch, UsageError
@@ -31,7 +32,6 @@ from .assembly import CALIBRATION_FILE, assemble, versions, write_student
 from .blocks import Teacher, make_units
 from .calibration import Calibration
 from .factorize.allocation import settle_ranks
-from .journal import Journal, differences, discard, require_same
 from .method import Needs, Reducer
 from .plan import check_fit, free_disk, make_plan, plan_part
 from .prune.owl import settle_sparsity

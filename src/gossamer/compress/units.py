@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint.journal import Journal
 from ..checkpoint.safetensors_io import SafetensorsFile, whole, write_safetensors
 from ..formats import Format
 from ..model.decoder import Block
-from .journal import Journal
 from .plan import Plan
 from .source import Source
 

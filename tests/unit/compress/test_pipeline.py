@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from gossamer.checkpoint import open_checkpoint
+from gossamer.checkpoint import journal, open_checkpoint
 from gossamer.checkpoint.atomic import Lock
 from gossamer.checkpoint.load import load_decoder
-from gossamer.compress import assembly, journal, pipeline
+from gossamer.compress import assembly, pipeline
 from gossamer.compress.calibration import Calibration, token_hash
 from gossamer.compress.pipeline import Later, compress
 from gossamer.compress.plan import check_fit, make_plan

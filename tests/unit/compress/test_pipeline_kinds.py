@@ -117,7 +117,7 @@ def test_a_kill_before_a_units_line_is_written_changes_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file is there, the line is not: the unit is not done, and is made again over the same file."""
-    from gossamer.compress.journal import Journal
+    from gossamer.checkpoint.journal import Journal
 
     wanted, add = recipe("fake-gradient", "fake-tune"), Journal.add
     run(model, wanted, tmp_path / "whole")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gossamer.compress.journal import NAME, Journal, differences
+from gossamer.checkpoint.journal import NAME, Journal, differences
 from gossamer.errors import ResumeMismatch
 
 HEADER = {"model": "abc", "recipe": {"stages": [{"bits": 4}]}}

@@ -16,9 +16,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.atomic import sync
-from ..checkpoint.manifest import sha256
 from ..errors import ResumeMismatch
+from .atomic import sync
+from .manifest import sha256
 
 NAME = "journal.jsonl"
 
