@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import psutil
 
 OBJECT_STORE_BYTES = 80 << 20
+PATIENCE = 120.0
 
 
 @contextmanager
@@ -38,6 +40,24 @@ def busy_nodes(cluster: Any, command: str) -> list[Any]:
         if any(command in _command(process) for process in below):
             busy.append(node)
     return busy
+
+
+def kill_a_busy_node(cluster: Any, command: str, killed: list[Any]) -> None:
+    """Wait for a node on which this runs, and kill it as a power cut would."""
+    deadline = time.monotonic() + PATIENCE
+    while not killed and time.monotonic() < deadline:
+        for node in busy_nodes(cluster, command)[:1]:
+            cluster.remove_node(node, allow_graceful=False)
+            killed.append(node)
+        time.sleep(0.05)
+
+
+def wait_until(true: Callable[[], Any], what: str) -> None:
+    """Wait for something, but not for ever."""
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline, f"waited too long for {what}"
+        time.sleep(0.05)
 
 
 def _command(process: psutil.Process) -> str:

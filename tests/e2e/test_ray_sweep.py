@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from gossamer.cli import main
-from ray_cluster import busy_nodes, cluster_of
+from ray_cluster import cluster_of, kill_a_busy_node
 from tiny_llama import make_folder
 
 pytest.importorskip("ray", reason="needs Ray")
@@ -20,7 +19,6 @@ pytest.importorskip("ray", reason="needs Ray")
 SMALL = ["--context", "48", "--tokens", "200", "--prompt-tokens", "16", "--output-tokens", "4", "--repetitions", "1"]
 TIMES = {"decode", "prefill", "made_seconds", "made_bytes"}
 """What of a row is a time, or the memory that a process happened to take."""
-PATIENCE = 120.0
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +68,7 @@ def test_a_sweep_that_loses_a_node_ends_as_the_serial_one(
     begun = (spread / "sweep.jsonl").read_bytes()
     capsys.readouterr()
     killed: list[Any] = []
-    killer = threading.Thread(target=_kill_a_busy_node, args=(cluster, killed))
+    killer = threading.Thread(target=kill_a_busy_node, args=(cluster, "gossamer.measure.worker", killed))
     killer.start()
     command = ["sweep", tiny, *recipes, "--out", str(spread), *SMALL, "--json", "--quiet"]
     assert main([*command, "--ray", cluster.address]) == 0
@@ -105,13 +103,3 @@ def test_more_threads_than_any_node_has_is_said_at_once(
     command = ["sweep", tiny, recipes[0], "--out", str(tmp_path / "o"), "--quiet", "--threads", "2"]
     assert main([*command, "--ray", cluster.address]) == 1
     assert "each task takes 2 CPUs, and the largest node of the cluster has 1" in capsys.readouterr().err
-
-
-def _kill_a_busy_node(cluster: Any, killed: list[Any]) -> None:
-    """Wait for a node that measures, and kill it as a power cut would."""
-    deadline = time.monotonic() + PATIENCE
-    while not killed and time.monotonic() < deadline:
-        for node in busy_nodes(cluster, "gossamer.measure.worker")[:1]:
-            cluster.remove_node(node, allow_graceful=False)
-            killed.append(node)
-        time.sleep(0.05)

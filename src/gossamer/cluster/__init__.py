@@ -1,1 +1,1 @@
-"""Ray clusters: how a command joins one. What runs there is in `search/on_ray.py` and `serve/replicas/`."""
+"""Ray clusters: how a command joins one, and has its work done there. Replicas of a server are in `serve/replicas/`."""

@@ -44,11 +44,6 @@ def joined(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
-def most_cpus(ray: Any) -> float:
-    """CPUs of the largest node that is alive, as the cluster counts them."""
-    return max((node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-
-
 def _imported() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     try:
