@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
-from ..errors import GossamerError
-from ._console import console, emit_json, print_error, progress
+from ..errors import GossamerError, UsageError
+from ._console import Progress, console, emit_json, print_error, progress
 from ._options import (
     Activations,
     Backend,
+    Cluster,
     Json,
     KVCache,
     MasterAddress,
@@ -23,6 +25,9 @@ from ._options import (
     Weights,
     several_nodes,
 )
+
+if TYPE_CHECKING:
+    from ..measure.run import EvalRequest
 
 Models: TypeAlias = Annotated[
     list[str], typer.Argument(metavar="MODEL...", help="Folders, .gguf files, hub ids or aliases (smollm2).")
@@ -59,21 +64,28 @@ def eval_(
     master_addr: MasterAddress = None,
     engine: Engine = "gossamer",
     threads: Threads = None,
+    ray: Cluster = None,
     out: Out = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> int:
     """Perplexity on a text, and divergence from a reference model. Exit code 1 if any model failed.
 
+    With --ray a few windows of the text at a time are a task on the cluster, of as many CPUs as it has threads; the
+    numbers are the same. Interrupted? With --out the same command goes on where it stopped.
+
     \b
     gossamer eval smollm2 small/ --reference smollm2 --out runs/eval.jsonl
+    gossamer eval smollm2 small/ --reference smollm2 --out /shared/eval.jsonl --ray
     """
     from ..measure.corpus import load_corpus
     from ..measure.plans import WindowPlan
-    from ..measure.run import EvalRequest, check_engine, evaluate_models
+    from ..measure.run import EvalRequest, check_engine
 
     check_engine(engine)
     check_out(out)
+    if ray is not None and nodes > 1:
+        raise UsageError("--nodes and --ray both spread a model's work", hint="leave one of them away")
     request = EvalRequest(
         corpus_source=corpus,
         corpus=load_corpus(corpus),
@@ -91,10 +103,31 @@ def eval_(
         nodes=several_nodes(nodes, master_addr),
     )
     with progress(quiet) as report:
-        records = take(evaluate_models(models, request, report), out, json)
+        records = _evaluated(models, request, report, ray, out, json)
     if not json:
         _show(records)
     return exit_code(records)
+
+
+def _evaluated(
+    models: Sequence[str], request: EvalRequest, report: Progress, ray: str | None, out: Path | None, json: bool
+) -> Taken:
+    """The records, by this machine or by a cluster."""
+    from ..measure.run import evaluate_models
+
+    if ray is None:
+        return take(evaluate_models(models, request, report), out, json)
+    from ..cluster.join import joined
+    from ..cluster.tasks import Tasks
+    from ..measure.shards import evaluate_in_shards
+    from ..settings import threads
+
+    cpus = threads() if request.threads is None else request.threads
+    request = replace(request, threads=cpus)  # nodes may have others
+    work = None if out is None else out.absolute().parent / f".{out.name}.work"
+    with joined(ray) as cluster:
+        tasks = Tasks(cluster, cpus)
+        return take(evaluate_in_shards(models, request, report, tasks.run, work), out, json)
 
 
 def check_out(out: Path | None) -> None:

@@ -10,6 +10,8 @@ import hashlib
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -26,41 +28,23 @@ from . import speed
 from .corpus import Corpus, check_contamination, load_corpus
 from .memory import peak_rss, read_usage
 from .plans import SpeedPlan, WindowPlan
-from .quality import Quality, evaluate
+from .quality import evaluate, score
 from .records import model_block
 from .samples import sample_prompts, sample_texts
+from .scores import Quality
 from .timing import Timing, rates
 from .worker import Channel, Progress, describe
 
 
 def evaluate_models(
-    channel: Channel,
-    models: Sequence[str],
-    reference: str | None,
-    corpus: str,
-    corpus_sha256: str,
-    plan: dict[str, int],
-    tokens: int | None,
-    samples: int,
-    weights: Weights,
-    backend: BackendName = "auto",
-    activations: Activations = "auto",
-    kv_cache: str = "auto",
-    tp: int = 1,
-    pp: int = 1,
-    nodes: Sequence[Any] | None = None,
+    channel: Channel, models: Sequence[str], reference: str | None, samples: int, **asked: Any
 ) -> list[dict[str, Any]]:
     """Judge models that share one tokenization (all of them the reference's, or a single model's own), side by side.
 
-    `nodes`: the fields of Nodes.
-
-    For each model, in order: {"results": {...}} or {"error": {"kind", "message", "hint"}}.
+    `asked`: the arguments of `_judge`. For each model, in order: {"results": {...}} or {"error": {"kind", "message",
+    "hint"}}.
     """
-    torch.set_num_threads(settings.threads())
-    channel.fact("engine", _expected_engine(backend, weights))
-    text, windows = _unchanged(corpus, corpus_sha256), WindowPlan(**plan)
-    load = partial(_load, channel, backend, weights, tp, pp, _nodes(nodes))
-    judge = _Judge(channel, text, windows, tokens, load, activations, kv_cache)
+    judge = _judge(channel, **asked)
     try:
         anchor = None if reference is None else judge.load_reference(reference)
     except GossamerError as error:
@@ -70,14 +54,13 @@ def evaluate_models(
     for index, name in enumerate(models):
         try:
             backends[index] = judge.load(index, name)
-            if samples:  # a broken chat template is found before the work, not after it
-                sample_prompts(judge.checkpoints[index].tokenizer(), 1)
+            judge.check_samples(index, samples)
         except GossamerError as error:
             backends.pop(index, None)
             answers[index] = _failure(error)
     if not backends:
         return answers
-    outcomes = evaluate(list(backends.values()), anchor, judge.ids, windows, partial(channel.progress, "judging"))
+    outcomes = evaluate(list(backends.values()), anchor, judge.ids, judge.plan, partial(channel.progress, "judging"))
     for done, (index, outcome) in enumerate(zip(backends, outcomes, strict=True)):
         channel.progress("answering", done, len(backends))
         try:
@@ -86,6 +69,51 @@ def evaluate_models(
             answers[index] = _failure(error)
     channel.progress("answering", len(backends), len(backends))
     return answers
+
+
+def examine_model(channel: Channel, model: str, reference: str | None, samples: int, **asked: Any) -> int:
+    """How many windows the text has for one model, after every check of `evaluate_models` that needs no weights."""
+    judge = _judge(channel, **asked)
+    if reference is not None:
+        judge.examine_reference(reference)
+    judge.examine(0, model)
+    judge.check_samples(0, samples)
+    return len(judge.plan.starts(len(judge.ids)))
+
+
+def score_windows(
+    channel: Channel, model: str, reference: str | None, samples: int, windows: Sequence[int], **asked: Any
+) -> dict[str, Any]:
+    """{"scores": the fields of Scores, "samples": answers} of one model, of the windows from the first to the last."""
+    judge = _judge(channel, **asked)
+    anchor = None if reference is None else judge.load_reference(reference)
+    backend = judge.load(0, model)
+    (found,) = score([backend], anchor, judge.ids, judge.plan, slice(*windows))
+    if isinstance(found, MeasureError):
+        raise found
+    return {"scores": asdict(found), "samples": sample_texts(backend, judge.checkpoints[0].tokenizer(), samples)}
+
+
+def _judge(
+    channel: Channel,
+    corpus: str,
+    corpus_sha256: str,
+    plan: dict[str, int],
+    tokens: int | None,
+    weights: Weights,
+    backend: BackendName = "auto",
+    activations: Activations = "auto",
+    kv_cache: str = "auto",
+    tp: int = 1,
+    pp: int = 1,
+    nodes: Sequence[Any] | None = None,
+) -> _Judge:
+    """Whoever opens and loads models for the text; `nodes`: the fields of Nodes."""
+    torch.set_num_threads(settings.threads())
+    channel.fact("engine", _expected_engine(backend, weights))
+    load = partial(_load, channel, backend, weights, tp, pp, _nodes(nodes))
+    text = _unchanged(corpus, corpus_sha256)
+    return _Judge(channel, text, WindowPlan(**plan), tokens, load, activations, kv_cache)
 
 
 def bench_model(
@@ -242,6 +270,19 @@ class _Text:
         check_contamination(self.corpus, checkpoint.manifest, name, tokenizer.decode(self._judged().tolist()))
         return checkpoint
 
+    def examine_reference(self, name: str) -> Checkpoint:
+        """What the others are compared with, opened. Raises MeasureError."""
+        with _of_reference(name):
+            checkpoint = open_checkpoint(name)
+            self._tokenize(checkpoint)
+            self.channel.fact("reference_fingerprint", checkpoint.fingerprint())
+        return checkpoint
+
+    def check_samples(self, index: int, samples: int) -> None:
+        """Raises TokenizerError for a chat template that is broken: before the work, not after it."""
+        if samples:
+            sample_prompts(self.checkpoints[index].tokenizer(), 1)
+
     def _tokenize(self, checkpoint: Checkpoint) -> Tokenizer:
         """Tokens of the corpus by this model: those of the first stand for all. Raises MeasureError if they differ."""
         tokenizer = checkpoint.tokenizer()
@@ -295,16 +336,12 @@ class _Judge(_Text):
 
     def load_reference(self, name: str) -> Backend:
         """Load what the others are compared with. Raises MeasureError, which is every model's."""
-        try:
-            checkpoint = open_checkpoint(name)
-            self._tokenize(checkpoint)
-            # Most references have no weights that int8 activations could meet.
-            activations: Activations = "auto" if self._activations == "int8" else self._activations
+        checkpoint = self.examine_reference(name)
+        # Most references have no weights that int8 activations could meet.
+        activations: Activations = "auto" if self._activations == "int8" else self._activations
+        with _of_reference(name):
             backend = self._load(checkpoint, activations, "auto")
-        except GossamerError as error:
-            raise MeasureError(f"reference {name}: {error.message}", hint=error.hint) from error
         self._reference = checkpoint, backend
-        self.channel.fact("reference_fingerprint", checkpoint.fingerprint())
         return backend
 
     def load(self, index: int, name: str) -> Backend:
@@ -329,6 +366,15 @@ class _Judge(_Text):
         return self._load(checkpoint, self._activations, self._kv_cache)
 
 
+@contextmanager
+def _of_reference(name: str) -> Iterator[None]:
+    """Has an error say that it is the reference's."""
+    try:
+        yield
+    except GossamerError as error:
+        raise MeasureError(f"reference {name}: {error.message}", hint=error.hint) from error
+
+
 def _failure(error: GossamerError) -> dict[str, Any]:
     """The answer for a model that failed; where from goes to stderr, for those who debug."""
     traceback.print_exception(error)
@@ -338,16 +384,4 @@ def _failure(error: GossamerError) -> dict[str, Any]:
 def _answer(outcome: Quality | MeasureError, backend: Backend, tokenizer: Tokenizer, samples: int) -> dict[str, Any]:
     if isinstance(outcome, MeasureError):
         raise outcome
-    return {
-        "results": {
-            "perplexity": outcome.perplexity,
-            "nll": outcome.nll,
-            "kld_mean": outcome.kld_mean,
-            "kld_p99": outcome.kld_p99,
-            "top1_agreement": outcome.top1_agreement,
-            "activation_kld": outcome.activation_kld,
-            "seconds": outcome.seconds,
-            "tokens_per_second": outcome.tokens_read / outcome.seconds,
-            "samples": sample_texts(backend, tokenizer, samples),
-        }
-    }
+    return {"results": {**outcome.results(), "samples": sample_texts(backend, tokenizer, samples)}}

@@ -3,7 +3,7 @@
 Windows of `context` tokens start every `stride` tokens; the last `scored` tokens of each are predicted from all that
 stand before them in the window; an incomplete last window is dropped. The text is tokenized once, as a whole, with what
 special tokens the tokenizer adds by itself. Per scored token, over the whole vocabulary,
-in float32 with sums in float64:
+in float32 with sums in float64 (`scores.py`):
 
     perplexity        exp of the mean negative log-likelihood of the token that is there
     KL divergence     sum p_reference * (log p_reference - log p_model), mean and 99th percentile
@@ -15,11 +15,9 @@ Knows backends and token ids; knows no files, tokenizers or processes. At most C
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,30 +26,11 @@ from torch import Tensor
 from ..engine import runner
 from ..engine.backend import Backend, Batch, blocks_for
 from ..errors import MeasureError
-from .plans import LARGEST_NLL, WindowPlan
+from .plans import WindowPlan
+from .scores import Quality, Scores
 
 CHUNK = 64
 """Positions whose logits [CHUNK, vocab_size] are held at once."""
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The outcome for one model; divergence is None where there was no reference."""
-
-    nll: float
-    tokens_scored: int
-    tokens_read: int
-    """Tokens of all windows, those before the scored ones included: what `seconds` was spent on."""
-    seconds: float
-    kld_mean: float | None = None
-    kld_p99: float | None = None
-    top1_agreement: float | None = None
-    activation_kld: float | None = None
-    """None where activations are exact."""
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.nll)
 
 
 def evaluate(
@@ -67,8 +46,21 @@ def evaluate(
     or a text shorter than one window, raises it. A model that *is* the reference is computed once. What the backends
     have cached is lost. Raises DoesNotFit if a window does not fit their caches.
     """
+    scored = score(models, reference, tokens, plan, slice(None), progress)
+    return [scores.quality() if isinstance(scores, Scores) else scores for scores in scored]
+
+
+def score(
+    models: Sequence[Backend],
+    reference: Backend | None,
+    tokens: Tensor,
+    plan: WindowPlan,
+    windows: slice,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Scores | MeasureError]:
+    """What `evaluate` judges by, of some of the windows: those of one do not depend on any other."""
     plan.check(len(tokens))
-    starts = plan.starts(len(tokens))
+    starts = plan.starts(len(tokens))[windows]
     for backend in dict.fromkeys([*models, *([] if reference is None else [reference])]):
         backend.reserve(blocks_for(plan.context))
     anchor = None if reference is None else _Scorer(reference)
@@ -76,32 +68,26 @@ def evaluate(
     for done, start in enumerate(starts):
         _score_window(scorers, anchor, tokens[start : start + plan.context], plan.scored)
         progress(done + 1, len(starts))
-    return [scorer.outcome() for scorer in scorers]
+    return [scorer.scores if scorer.error is None else scorer.error for scorer in scorers]
 
 
 class _Scorer:
-    """One model, the time it took, and what it scored so far."""
+    """One model, and what it scored so far."""
 
     def __init__(self, backend: Backend) -> None:
         self.backend = backend
-        self.tokens_read = 0
-        self.seconds = 0.0
+        self.scores = Scores()
         self.error: MeasureError | None = None
         self.states = torch.empty(0)
         self.exact_states: Tensor | None = None
         """The same with exact activations, where the backend rounds them."""
-        # Numbers, not tensors: small tensors that stay, between large ones that go, tear holes into the heap.
-        self.nll: list[float] = []
-        self.kld: list[float] = []
-        self.agreed: list[bool] = []
-        self.activation_kld: list[float] = []
 
     def read(self, window: Tensor, scored: int) -> None:
         """Run the blocks over a window [context]; keep the states [scored, hidden_size] of the positions to score."""
         began = time.perf_counter()
         self.states = hidden_states(self.backend, window, scored)
-        self.seconds += time.perf_counter() - began
-        self.tokens_read += len(window)
+        self.scores.seconds += time.perf_counter() - began
+        self.scores.tokens_read += len(window)
         if self.backend.activations == "int8":
             with _exact_activations(self.backend):
                 self.exact_states = hidden_states(self.backend, window, scored)
@@ -110,39 +96,22 @@ class _Scorer:
         """Log-probabilities [rows, vocab_size] of the window that was read."""
         began = time.perf_counter()
         logp = log_probabilities(self.backend, self.states[rows])
-        self.seconds += time.perf_counter() - began
+        self.scores.seconds += time.perf_counter() - began
         return logp
 
     def add(self, logp: Tensor, truth: Tensor | None, targets: Tensor) -> None:
         """Score log-probabilities [rows, vocab_size] against targets [rows] and against the reference's, if any."""
-        self.nll += (-logp.gather(1, targets.unsqueeze(1)).squeeze(1)).tolist()
+        self.scores.nll += (-logp.gather(1, targets.unsqueeze(1)).squeeze(1)).tolist()
         if truth is not None:
-            self.kld += divergence(truth, logp).tolist()
-            self.agreed += (logp.argmax(-1) == truth.argmax(-1)).tolist()
+            self.scores.kld += divergence(truth, logp).tolist()
+            self.scores.agreed += (logp.argmax(-1) == truth.argmax(-1)).tolist()
 
     def add_exact(self, logp: Tensor, rows: slice) -> None:
         """Score the same rows against those of exact activations, if there are such."""
         if self.exact_states is not None:
             with _exact_activations(self.backend):
                 exact = log_probabilities(self.backend, self.exact_states[rows])
-            self.activation_kld += divergence(exact, logp).tolist()
-
-    def outcome(self) -> Quality | MeasureError:
-        if self.error is not None:
-            return self.error
-        mean = float(np.mean(self.nll))
-        if mean > LARGEST_NLL:
-            return MeasureError(f"mean negative log-likelihood {mean:.4g}: the perplexity is past every float")
-        return Quality(
-            nll=mean,
-            tokens_scored=len(self.nll),
-            tokens_read=self.tokens_read,
-            seconds=self.seconds,
-            kld_mean=_mean(self.kld),
-            kld_p99=float(np.quantile(self.kld, 0.99)) if self.kld else None,
-            top1_agreement=_mean(self.agreed),
-            activation_kld=_mean(self.activation_kld),
-        )
+            self.scores.activation_kld += divergence(exact, logp).tolist()
 
 
 @torch.inference_mode()
@@ -204,8 +173,3 @@ def _exact_activations(backend: Backend) -> Iterator[None]:
         yield
     finally:
         backend.activations = before
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    """None where there is nothing to average."""
-    return float(np.mean(values)) if values else None

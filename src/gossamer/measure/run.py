@@ -69,20 +69,25 @@ def _evaluate_group(models: Sequence[str], request: EvalRequest, progress: Progr
     """Records of models judged in one process; those that failed for want of room are judged again, alone."""
     facts, answers = _evaluate_together(models, request, progress)
     for index, (model, answer) in enumerate(zip(models, answers, strict=True)):
-        if len(models) > 1 and _worth_another_try(answer.get("error")):
+        if len(models) > 1 and worth_another_try(answer.get("error")):
             yield from _evaluate_group([model], request, progress)
             continue
-        yield _record(
-            "eval",
-            facts.get(f"model {index}") or unknown_model_block(model),
-            _eval_protocol(request, facts),
-            answer,
-            request.threads,
-            engine_block(**(facts.get(f"engine {index}") or facts.get("engine") or {"backend": None})),
-        )
+        yield eval_record(model, index, request, facts, answer)
 
 
-def _worth_another_try(error: dict[str, Any] | None) -> bool:
+def eval_record(model: str, index: int, request: EvalRequest, facts: dict[str, Any], answer: dict[str, Any]) -> Record:
+    """The record of one model, the `index`-th of its job, by what the job reported: {"results"} or {"error"}."""
+    return _record(
+        "eval",
+        facts.get(f"model {index}") or unknown_model_block(model),
+        eval_protocol(request, facts),
+        answer,
+        request.threads,
+        engine_block(**(facts.get(f"engine {index}") or facts.get("engine") or {"backend": None})),
+    )
+
+
+def worth_another_try(error: dict[str, Any] | None) -> bool:
     """True if a model may do better alone: no room beside the others, or a crash that need not have been its own."""
     return error is not None and (error["kind"] == "DoesNotFit" or not hasattr(errors, error["kind"]))
 
@@ -91,34 +96,36 @@ def _evaluate_together(
     models: Sequence[str], request: EvalRequest, progress: Progress
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What the worker reported and, for each model, {"results"} or {"error"}."""
-    job = Job(
-        "gossamer.measure.jobs:evaluate_models",
-        {
-            "models": list(models),
-            "reference": request.reference,
-            "corpus": request.corpus_source,
-            "corpus_sha256": request.corpus.sha256,
-            "plan": asdict(request.plan),
-            "tokens": request.tokens,
-            "samples": request.samples,
-            "weights": request.weights,
-            "backend": request.backend,
-            "activations": request.activations,
-            "kv_cache": request.kv_cache,
-            "tp": request.tp,
-            "pp": request.pp,
-            "nodes": request.nodes,
-        },
-        request.threads,
-    )
+    asked = {"models": list(models), **eval_arguments(request)}
+    job = Job("gossamer.measure.jobs:evaluate_models", asked, request.threads)
     with Worker(job, progress) as worker:
         try:
             return worker.facts, next(worker)
         except WorkerError as error:
-            return worker.facts, [_failure(error)] * len(models)
+            return worker.facts, [failure(error)] * len(models)
 
 
-def _eval_protocol(request: EvalRequest, facts: dict[str, Any]) -> dict[str, Any]:
+def eval_arguments(request: EvalRequest) -> dict[str, Any]:
+    """What every job that judges is asked."""
+    return {
+        "reference": request.reference,
+        "corpus": request.corpus_source,
+        "corpus_sha256": request.corpus.sha256,
+        "plan": asdict(request.plan),
+        "tokens": request.tokens,
+        "samples": request.samples,
+        "weights": request.weights,
+        "backend": request.backend,
+        "activations": request.activations,
+        "kv_cache": request.kv_cache,
+        "tp": request.tp,
+        "pp": request.pp,
+        "nodes": request.nodes,
+    }
+
+
+def eval_protocol(request: EvalRequest, facts: dict[str, Any]) -> dict[str, Any]:
+    """What records say of how models were judged."""
     return {
         "corpus": request.corpus.name,
         "corpus_sha256": request.corpus.sha256,
@@ -177,7 +184,7 @@ def bench_models(
         protocols = {**protocol, "turns": "alone"} if alone else protocol
         yield _record("bench", model, protocols, ran.answer(), threads, engine)
         if judged is not None and (answer := ran.judged()) is not None:
-            yield _record("eval", model, _eval_protocol(judged, ran.facts), answer, threads, engine)
+            yield _record("eval", model, eval_protocol(judged, ran.facts), answer, threads, engine)
     if judged is not None and OURS in engines:
         yield from evaluate_models(models, judged, progress)
 
@@ -219,8 +226,8 @@ def soak_model(
         try:
             for value in worker:
                 found = value
-        except WorkerError as failure:
-            error = _failure(failure)["error"]
+        except WorkerError as end:
+            error = failure(end)["error"]
         except KeyboardInterrupt:
             if not found:
                 raise
@@ -294,8 +301,8 @@ class _Racer:
         try:
             self._value = next(self._worker)
         except WorkerError as error:
-            self.error = _failure(error)["error"]
-            self.crowded_out = _worth_another_try(self.error) and any(other.error is None for other in racers)
+            self.error = failure(error)["error"]
+            self.crowded_out = worth_another_try(self.error) and any(other.error is None for other in racers)
             self._worker.close(kill=True)
 
     def engine_block(self) -> dict[str, Any]:
@@ -333,7 +340,8 @@ def _record(
     )
 
 
-def _failure(error: WorkerError) -> dict[str, Any]:
+def failure(error: WorkerError) -> dict[str, Any]:
+    """The answer of a job that failed."""
     return {"error": {"kind": error.kind, "message": error.message, "hint": error.hint}}
 
 

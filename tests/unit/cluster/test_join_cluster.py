@@ -43,6 +43,11 @@ def test_without_ray_the_command_says_how_to_install_it(
     assert "pip install 'gossamer[ray]'" in said
 
 
+def test_nodes_of_ranks_and_a_cluster_are_not_both_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "m", "--nodes", "2", "--master-addr", "127.0.0.1", "--ray"]) == 2
+    assert "--nodes and --ray" in capsys.readouterr().err
+
+
 def test_a_cluster_that_is_not_there_is_an_error_with_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = pytest.importorskip("ray", reason="needs Ray")
     monkeypatch.delenv("RAY_ADDRESS", raising=False)

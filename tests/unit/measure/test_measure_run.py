@@ -257,8 +257,8 @@ def test_a_model_that_did_not_fit_beside_the_others_is_tried_alone(
     ],
 )
 def test_only_errors_that_neighbours_may_have_caused_are_worth_another_try(kind: str, again: bool) -> None:
-    assert run._worth_another_try({"kind": kind}) is again
-    assert run._worth_another_try(None) is False
+    assert run.worth_another_try({"kind": kind}) is again
+    assert run.worth_another_try(None) is False
 
 
 def test_bench_records_hold_every_sample_and_the_memory(tiny: Path, tmp_path: Path) -> None:
