@@ -10,6 +10,8 @@ from typing import Any
 import psutil
 
 OBJECT_STORE_BYTES = 80 << 20
+NODE = {"num_cpus": 1, "object_store_memory": OBJECT_STORE_BYTES}
+"""What a node that works has."""
 PATIENCE = 120.0
 
 
@@ -22,7 +24,7 @@ def cluster_of(nodes: int) -> Iterator[Any]:
     cluster = Cluster(initialize_head=True, head_node_args=head)
     try:
         for _ in range(nodes):
-            cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES)
+            cluster.add_node(**NODE)
         yield cluster
     finally:
         cluster.shutdown()

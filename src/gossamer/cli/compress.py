@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ._console import Progress, console, emit_json, progress, remark
-from ._options import Json, Model, Quiet
+from ._options import Cluster, Json, Model, Quiet
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..compress.calibration import Calibration
+    from ..compress.elsewhere import Spread
     from ..compress.pipeline import Later, Result
     from ..compress.recipe import Recipe
 
@@ -42,13 +44,18 @@ def compress(
     record: Annotated[Path | None, typer.Option("--record", help="Append the result record to this .jsonl.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Discard unfinished work instead of resuming.")] = False,
+    ray: Cluster = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Compress a model by a recipe. Killed? The same command goes on where it stopped.
 
+    With --ray, blocks that do not wait for each other are tasks on the cluster, of as many CPUs as this command has
+    threads: those of methods that need no data, and of recover-local with `inputs: teacher`.
+
     \b
     gossamer compress smollm2 --recipe int4-gptq --out small/
+    gossamer compress smollm2 --recipe int4-rtn --out /shared/small --ray
     """
     import torch
 
@@ -65,13 +72,12 @@ def compress(
     recipe_ = with_overrides(read_recipe(recipe), calibration, calibration_sequences, calibration_length, seed)
     if record is not None:
         check_writable(record)
+    how = {"overwrite": overwrite, "restart": restart}
     try:
-        with progress(quiet) as report:
+        with _others(ray, recipe_, out, quiet) as spread, progress(quiet) as report:
             text = calibration_of(recipe, recipe_, checkpoint, report, quiet)
             sample = student_sampler(report)
-            result = run(
-                checkpoint, recipe_, out, text, progress=report, sample=sample, overwrite=overwrite, restart=restart
-            )
+            result = run(checkpoint, recipe_, out, text, progress=report, sample=sample, spread=spread, **how)
     except GossamerError as error:
         if record is not None:
             append_record(record, _failed(checkpoint, recipe_, out, error))
@@ -84,6 +90,31 @@ def compress(
         emit_json(row)
     elif not quiet:
         _say(row, result)
+
+
+@contextmanager
+def _others(ray: str | None, recipe: Recipe, out: Path, quiet: bool) -> Iterator[Spread | None]:
+    """Who makes blocks that do not wait for each other. Raises UsageError if the recipe has none, ClusterError."""
+    from .. import settings
+    from ..cluster.join import joined
+    from ..cluster.tasks import Tasks
+    from ..errors import UsageError
+
+    if ray is None:
+        yield None
+        return
+    parts = recipe.parts()
+    alone = [part.main.name for part in parts if not part.independent]
+    alone += [tuner.name for part in parts for tuner in part.tuners]
+    if not any(part.independent for part in parts):
+        raise UsageError(
+            f"recipe {recipe.name} has only stages whose blocks wait for each other: {', '.join(alone)}",
+            hint="leave --ray away; `gossamer sweep --ray` makes several recipes at the same time",
+        )
+    if alone and not quiet:
+        remark(f"stages whose blocks wait for each other run here, not on the cluster: {', '.join(alone)}")
+    with joined(ray) as cluster:
+        yield Tasks(cluster, settings.threads(), out.absolute().parent).run
 
 
 def made_record(artifact: Checkpoint, recipe: Recipe, result: Result, cost: dict[str, Any]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class BlockView:
         self.block = block
         """In float32, on the CPU; its parameters require no gradient until a method says so."""
         self.x = x
-        """[sequences, time, hidden] inputs of the block as the compressed model gives them; not to be changed."""
+        """[sequences, time, hidden] inputs of the block as the compressed model gives them (the original, if the method
+        is independent); not to be changed."""
         self.target = target
         """[sequences, time, hidden] what the original block gives on the original inputs; not to be changed."""
         self.teacher_x = teacher_x

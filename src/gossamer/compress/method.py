@@ -305,6 +305,11 @@ class BlockMethod(WeightMethod):
         """True if it asks for `view.teacher_x`: another stream beside x and target, which the plan adds."""
         return False
 
+    @property
+    def independent(self) -> bool:
+        """True if `view.x` is to be what the original's own blocks are given, too: then no block waits for others."""
+        return False
+
     @abc.abstractmethod
     def compress(self, view: BlockView) -> None:
         """Decide every linear layer of `view.block`; see BlockView for what else it may change."""

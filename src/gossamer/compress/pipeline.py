@@ -31,6 +31,7 @@ from ..formats import Format
 from .assembly import CALIBRATION_FILE, assemble, versions, write_student
 from .blocks import Teacher, make_units
 from .calibration import Calibration
+from .elsewhere import BlockWork, Elsewhere, Spread
 from .factorize.allocation import settle_ranks
 from .method import Needs, Reducer
 from .plan import check_fit, free_disk, make_plan, plan_part
@@ -81,11 +82,13 @@ def compress(
     *,
     progress: Progress | None = None,
     sample: Sample | None = None,
+    spread: Spread | None = None,
     overwrite: bool = False,
     restart: bool = False,
 ) -> Result:
     """Make `out` from a checkpoint by a recipe; a killed run is resumed by the same call.
 
+    `spread` has the blocks of independent parts made by other processes, which see the model and the folder of `out`.
     Raises OutputLocked, OutputExists, DoesNotFit and ResumeMismatch before any work; UsageError if the recipe needs a
     calibration or samples of the model in training and none are given; ShapeMismatch, CompressionError, NumericalError.
     """
@@ -96,18 +99,12 @@ def compress(
         recipe, text = settle_ranks(view, *settle(view, recipe, calibration, progress), progress)
         recipe, text = settle_sparsity(view, recipe, text, progress)
         text = cast("Calibration | Later | None", text)
-        return _Run(checkpoint, recipe, out, text, progress, sample).run(overwrite, restart)
+        return _Run(checkpoint, recipe, out, text, progress, sample, spread).run(overwrite, restart)
 
 
 def transformed(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     """The checkpoint as the first main stage of this recipe sees it; nothing is computed before it is read."""
-    return _view(checkpoint, recipe.parts()[0])
-
-
-def _view(checkpoint: Checkpoint, part: Part) -> Checkpoint:
-    for transform in part.transforms:
-        checkpoint = transform.apply(checkpoint)
-    return checkpoint
+    return recipe.parts()[0].view(checkpoint)
 
 
 class _Run:
@@ -121,9 +118,10 @@ class _Run:
         calibration: Calibration | Later | None,
         progress: Progress,
         sample: Sample | None,
+        spread: Spread | None,
     ) -> None:
         self.checkpoint, self.recipe, self.out, self.progress = checkpoint, recipe, out, progress
-        self.parts, self.sample = recipe.parts(), sample
+        self.parts, self.sample, self.spread = recipe.parts(), sample, spread
         writers = [t.name for part in self.parts for t in part.tuners if t.samples]
         if writers and sample is None:
             raise UsageError(f"{writers[0]} learns from what the model in training writes, which needs an engine")
@@ -172,7 +170,8 @@ class _Run:
             resumed += len(journal.done)
             teacher = teacher if all(t.keeps_stream for t in part.transforms) else None
             units, teacher = self._units(folder, journal, part, given, before, teacher)
-            layers = [note for unit in journal.done for note in units.notes(unit).get("layers", ())] or layers
+            done = filter(units.is_done, units.names())
+            layers = [note for unit in done for note in units.notes(unit).get("layers", ())] or layers
             if last:
                 self._assemble(self.out, self.replaced, units, layers)
             elif not (made := self.work / f"made-{n}").exists():
@@ -198,18 +197,27 @@ class _Run:
             plan = plan_part(view.config, before, part, text, given.dtype)
             return Units(folder, journal, Source(view), plan, len(part.tuners))
 
-        units = units_over(_view(given, part))
+        units = units_over(part.view(given))
         if isinstance(part.main, Reducer):
             view, teacher = self._reduced(part.main, units, tokens, teacher)
             units = units_over(view)
         else:
-            make_units(units, part.main, tokens, self.progress, seed, teacher)
+            make_units(units, part.main, tokens, self.progress, seed, teacher, self._elsewhere(units, part, given))
         for stage, tuner in enumerate(part.tuners):
             if not units.is_done(units.tuned[stage]):
                 assert tokens is not None
                 sampler = partial(self._sampled, units)
                 tune(units, stage, tuner, Source(self.checkpoint), tokens, self.progress, seed, sampler)
         return units, teacher
+
+    def _elsewhere(self, units: Units, part: Part, given: Checkpoint) -> Elsewhere | None:
+        """Other processes for the blocks of a part, if there are any and its blocks do not wait for each other."""
+        if self.spread is None or not part.independent:
+            return None
+        seed, threads = self.recipe.calibration.seed, torch.get_num_threads()
+        model, folder = given.path.absolute(), units.folder.absolute()
+        work = BlockWork(model, given.fingerprint(), part, units.plan, seed, threads, folder)
+        return Elsewhere(self.spread, work)
 
     def _sampled(self, units: Units, trained: Mapping[str, Tensor], sequences: int, length: int, seed: int) -> Tensor:
         """Tokens that a model in training writes: the engine reads it from a folder, as any other."""

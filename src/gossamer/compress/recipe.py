@@ -22,9 +22,10 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..checkpoint import Checkpoint
 from ..errors import RecipeError, UnknownName, did_you_mean
 from .factorize.rank import Factorizer
-from .method import GridMethod, LayerMethod, Method, Needs, Reducer, Transform, Tuner, WeightMethod
+from .method import BlockMethod, GridMethod, LayerMethod, Method, Needs, Reducer, Transform, Tuner, WeightMethod
 from .prune.masks import OWLOptions
 from .registry import METHODS, method_class
 
@@ -65,6 +66,19 @@ class Part:
     @property
     def methods(self) -> tuple[Method, ...]:
         return (*self.transforms, self.main, *self.tuners)
+
+    @property
+    def independent(self) -> bool:
+        """True if each block follows from what the part is given alone, so that they may be made in any order."""
+        if isinstance(self.main, BlockMethod):
+            return self.main.independent
+        return isinstance(self.main, WeightMethod) and self.main.needs is Needs.NOTHING
+
+    def view(self, checkpoint: Checkpoint) -> Checkpoint:
+        """What the main stage sees of the model that the part is given; nothing is computed before it is read."""
+        for transform in self.transforms:
+            checkpoint = transform.apply(checkpoint)
+        return checkpoint
 
     @property
     def budget(self) -> bool:

@@ -81,6 +81,16 @@ class Source:
                 names[f"{self.family.module(role, i)}.bias"] = (role, "bias")
         return names
 
+    def changed(self, i: int, block: Block) -> dict[str, Tensor]:
+        """Norm weights and biases of a block that are not those of the checkpoint, as an output stores them."""
+        found = {}
+        dtype = self.checkpoint.dtype
+        for name, (role, part) in self.dense_names(i).items():
+            value = getattr(getattr(block, role), part).detach().to(dtype)
+            if not torch.equal(value, self.checkpoint.tensor(name, dtype=dtype)):
+                found[name] = value.contiguous()
+        return found
+
     def embed(self, tokens: Tensor, rows: Callable[[slice], Tensor] | None = None) -> Tensor:
         """What the first block reads for tokens [sequences, time]; `rows` of the embedding are the source's here."""
         name = f"{self.family.embed}.weight"

@@ -6,11 +6,11 @@ in memory. Where several units hold a tensor, the last one counts: a later stage
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..checkpoint.journal import Journal
@@ -49,6 +49,12 @@ class Units:
         """Finish a unit: it is done once this returns. One that is written again needs another `file` name."""
         path = self.folder / f"{file or unit}.safetensors"
         write_safetensors(path, [whole(name, t) for name, t in tensors.items()])
+        self.journal.add(unit, path, notes)
+
+    def take(self, unit: str, made: str, notes: Mapping[str, Any]) -> None:
+        """Finish a unit whose file another process has written and synced, under the name `made` in the folder."""
+        path = self.folder / f"{unit}.safetensors"
+        os.replace(self.folder / made, path)
         self.journal.add(unit, path, notes)
 
     def open(self, unit: str) -> SafetensorsFile:
@@ -100,16 +106,6 @@ class Units:
             packed = self.stored(self.where(module), module)
             rows = lambda part: form.unpack(packed, part)  # noqa: E731
         return self.source.embed(tokens, rows)
-
-    def changed(self, i: int, block: Block) -> dict[str, Tensor]:
-        """Norm weights and biases of a block that are not the source's, as the output stores them."""
-        found = {}
-        dtype = self.source.checkpoint.dtype
-        for name, (role, part) in self.source.dense_names(i).items():
-            value = getattr(getattr(block, role), part).detach().to(dtype)
-            if not torch.equal(value, self.source.checkpoint.tensor(name, dtype=dtype)):
-                found[name] = value.contiguous()
-        return found
 
 
 def block_unit(i: int) -> str:

@@ -36,11 +36,21 @@ def test_without_ray_the_command_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
+    model, made = str(make_folder(tmp_path / "tiny")), ["--out", str(tmp_path / "o")]
+    sweep, compress = ["sweep", model, "int4-rtn", *made], ["compress", model, "--recipe", "int4-rtn", *made]
+    for command in (sweep, compress, ["eval", model]):
+        assert main([*command, "--ray", "--quiet"]) == 1
+        said = capsys.readouterr().err
+        assert "Ray is not installed" in said
+        assert "pip install 'gossamer[ray]'" in said
+
+
+def test_a_recipe_whose_blocks_wait_for_each_other_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = str(make_folder(tmp_path / "tiny"))
-    assert main(["sweep", model, "int4-rtn", "--out", str(tmp_path / "o"), "--ray", "--quiet"]) == 1
-    said = capsys.readouterr().err
-    assert "Ray is not installed" in said
-    assert "pip install 'gossamer[ray]'" in said
+    assert main(["compress", model, "--recipe", "int4-gptq", "--out", str(tmp_path / "o"), "--ray"]) == 2
+    assert "recipe int4-gptq has only stages whose blocks wait for each other: gptq" in capsys.readouterr().err
 
 
 def test_nodes_of_ranks_and_a_cluster_are_not_both_taken(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,8 +42,8 @@ class LocalOptions(Options):
     )
     inputs: Literal["student", "teacher", "mixed"] = Field(
         default="student",
-        description="what a block is given: the stream of the smaller model, whose errors it can then make up for, the "
-        "original's, or for each sequence one of both",
+        description="what a block is given: the stream of the smaller model, whose errors it can then make up for; the "
+        "original's, so that no block waits for others (`--ray`); or, for each sequence that trains, one of both",
     )
     cosine: float = Field(
         default=0.0, ge=0, description="weight of 1 - cos(output, target), added to the relative squared error"
@@ -67,7 +67,11 @@ class RecoverLocal(StageMethod, BlockMethod):
 
     @property
     def teacher_inputs(self) -> bool:
-        return self.options.inputs != "student"
+        return self.options.inputs == "mixed"
+
+    @property
+    def independent(self) -> bool:
+        return self.options.inputs == "teacher"
 
     def formats(self, config: ModelConfig, before: Mapping[str, Format]) -> dict[str, Format]:
         """As they were. Raises RecipeError for a weight that is not stored in float."""
@@ -155,7 +159,7 @@ class Student:
 
     @torch.no_grad()
     def error(self, rows: Tensor) -> float:
-        """Mean relative error over the tokens of some sequences, on the stream of the smaller model."""
+        """Mean relative error over the tokens of some sequences, on the inputs that the block is given."""
         values, total = self._values(), 0.0
         for batch in torch.split(rows, max(1, TOKENS_AT_ONCE // self.view.x.shape[1])):
             y = self._outputs(self.view.x[batch], values)
@@ -205,11 +209,9 @@ class Student:
         return cast(Tensor, functional_call(self.view.block, dict(values), (x, self.view.rotation)))
 
     def _inputs(self, batch: Tensor, kind: str) -> Tensor:
-        if kind == "student":
+        if kind != "mixed":
             return self.view.x[batch]
         assert self.view.teacher_x is not None
-        if kind == "teacher":
-            return self.view.teacher_x[batch]
         mine = torch.rand(len(batch), 1, 1, generator=self.view.generator) < 0.5
         return torch.where(mine, self.view.x[batch], self.view.teacher_x[batch])
 
