@@ -19,6 +19,7 @@ pytest.importorskip("ray", reason="needs Ray")
 SMALL = ["--context", "48", "--tokens", "200", "--prompt-tokens", "16", "--output-tokens", "4", "--repetitions", "1"]
 TIMES = {"decode", "prefill", "made_seconds", "made_bytes"}
 """What of a row is a time, or the memory that a process happened to take."""
+NAMES = [f"{bits}-g{size}" for bits in (8, 6, 5, 4, 3, 2) for size in (32, 16)]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def recipes(tmp_path: Path) -> list[str]:
     files = []
-    for bits in (8, 4, 3):
-        files.append(tmp_path / f"{bits}.yaml")
+    for name in NAMES:
+        bits, size = name.split("-g")
+        files.append(tmp_path / f"{name}.yaml")
         files[-1].write_text(
-            f"version: 1\nname: bits-{bits}\nstages:\n  - {{method: rtn, bits: {bits}, group_size: 32}}\n"
+            f"version: 1\nname: {name}\nstages:\n  - {{method: rtn, bits: {bits}, group_size: {size}}}\n"
         )
     return [str(file) for file in files]
 
@@ -57,7 +59,7 @@ def whose(file: Path) -> list[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_a_sweep_that_loses_a_node_ends_as_the_serial_one(
+def test_a_sweep_of_twelve_that_loses_a_node_ends_as_the_serial_one(
     cluster: Any, tiny: str, recipes: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     serial, spread = tmp_path / "serial", tmp_path / "spread"
@@ -77,8 +79,9 @@ def test_a_sweep_that_loses_a_node_ends_as_the_serial_one(
     assert table(capsys) == expected
     assert (spread / "sweep.jsonl").read_bytes().startswith(begun)  # what was measured before is not measured again
     assert whose(spread / "sweep.jsonl") == whose(serial / "sweep.jsonl")
-    for bits in (8, 4, 3):
-        made, again = ((folder / "models" / f"bits-{bits}" / "model.safetensors") for folder in (serial, spread))
+    assert len(expected) == 1 + len(NAMES) == 13
+    for name in NAMES:
+        made, again = ((folder / "models" / name / "model.safetensors") for folder in (serial, spread))
         assert made.read_bytes() == again.read_bytes()
 
     before = (spread / "sweep.jsonl").read_bytes()
