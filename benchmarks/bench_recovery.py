@@ -1,10 +1,12 @@
 """What recovery brings back of a pruned model, and at what cost: block by block, by adapters, end to end.
 
-    python benchmarks/bench_recovery.py --corpus TEXT [--prune '{"method": "flap", "ratio": 0.2}'] [--tokens 131072]
+    python benchmarks/bench_recovery.py --corpus TEXT [--starts KEY,KEY] [--full KEY,KEY] [--sequences N] [--write]
 
-The model is pruned once; then each method recovers it on the model's own samples. `recover-local` takes as long as its
-tokens ask for; the others get as many seconds of training as it took in all. Judged by `gossamer eval` with weights as
-floats and exact activations. A share is that of the log-perplexity which pruning lost. Ends with one JSON line.
+A start is the model with a fifth of its blocks' weights cut, by one of several methods. `recover-local` recovers each
+on the model's own samples and takes as long as it takes; on the starts of --full, `lora` and `distill` then train for
+as many seconds as it took in all, what they do before the first step not counted. Judged by `gossamer eval` with
+weights as floats and exact activations. A share is that of the log-perplexity which the cut lost. Ends with one JSON
+line.
 """
 
 from __future__ import annotations
@@ -21,43 +23,76 @@ from typing import Any
 import torch
 
 from gossamer import settings
-from gossamer.checkpoint import Checkpoint, open_checkpoint
+from gossamer.checkpoint import open_checkpoint
 from gossamer.compress.calibration import Calibration, calibrate
 from gossamer.compress.pipeline import compress
 from gossamer.compress.recipe import Recipe, parse_recipe
 from gossamer.engine import LLM
+from gossamer.measure.records import machine_block
 
+PAGE = Path(__file__).parent.parent / "docs" / "results" / "recovery.md"
+STARTS: dict[str, dict[str, Any]] = {
+    "wanda-sp": {"method": "wanda-sp", "ratio": 0.2},
+    "flap": {"method": "flap", "ratio": 0.2},
+    "depth": {"method": "depth", "ratio": 0.2},
+    "llm-pruner": {"method": "llm-pruner", "ratio": 0.2},
+}
+MANY_STEPS = 4096
+"""More than any budget of seconds allows."""
+LIMIT_TOKENS, LIMIT_MINUTES, WANTED_SHARE = 1_000_000, 15, 0.5
 Row = dict[str, Any]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
-    parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--corpus", required=True)
-    parser.add_argument("--prune", type=json.loads, default={"method": "flap", "ratio": 0.2})
-    parser.add_argument("--tokens", type=int, default=131_072, help="that recover-local trains each block on")
-    parser.add_argument("--sequences", type=int, default=128)
-    parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--judged", default="10240", help="tokens of the corpus to judge on")
-    args = parser.parse_args()
+    args = parse_arguments()
     torch.set_num_threads(settings.threads())
     args.work.mkdir(parents=True, exist_ok=True)
     bench = Bench(args)
-    pruned = bench.row("pruned")
-    local = bench.row("recover-local", {"method": "recover-local", "tokens": args.tokens})
-    seconds = max(1.0, local["seconds"] - pruned["seconds"])
-    rows = [pruned, local]
-    for method in ("lora", "distill"):
-        rows.append(bench.row(method, {"method": method, "tokens": None, "patience": None, "seconds": seconds}))
     original = bench.judge(args.model)
-    for row in rows:
-        row["seconds"] = round(row["seconds"] - (pruned["seconds"] if row is not pruned else 0), 1)
-        lost = math.log(pruned["perplexity"] / original)
-        row["share"] = math.log(pruned["perplexity"] / row["perplexity"]) / lost
-    print(table(args.model, original, rows))
-    print(json.dumps({"model": args.model, "prune": args.prune, "perplexity": original, "rows": rows}))
+    rows = [row for start in args.starts for row in bench.rows(start, original)]
+    run = {
+        "benchmark": "bench_recovery",
+        "command": " ".join(["python benchmarks/bench_recovery.py", *map(shown, sys.argv[1:])]),
+        "machine": machine_block(settings.threads()),
+        "protocol": {"model": shown(args.model), "corpus": shown(args.corpus), "judged": args.judged}
+        | {"sequences": args.sequences, "length": args.length, "local": args.local},
+        "perplexity": original,
+        "rows": rows,
+    }
+    text = page(run)
+    print(text)
+    if args.write:
+        PAGE.write_text(text)
+    print(json.dumps(run))
     return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/recovery"))
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--corpus", required=True, help="text to judge on; nothing learns from it")
+    parser.add_argument("--starts", type=keys_argument, default=["wanda-sp", "flap", "depth"])
+    parser.add_argument("--full", type=keys_argument, default=["wanda-sp"], help="where lora and distill recover, too")
+    parser.add_argument("--local", type=json.loads, default={"tokens": 24576}, help="options of recover-local, as JSON")
+    parser.add_argument("--sequences", type=int, default=48)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--judged", type=int, default=10240, help="tokens of the corpus to judge on")
+    parser.add_argument("--write", action="store_true", help=f"write docs/results/{PAGE.name}")
+    return parser.parse_args()
+
+
+def keys_argument(text: str) -> list[str]:
+    keys = text.split(",") if text else []
+    for key in keys:
+        if key not in STARTS:
+            raise argparse.ArgumentTypeError(f"no start {key!r}: {', '.join(STARTS)}")
+    return keys
+
+
+def shown(word: str) -> str:
+    """An argument as the page has it: of a path, only its name."""
+    return Path(word).name if "/" in word else word
 
 
 class Bench:
@@ -65,66 +100,113 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.checkpoint = args, open_checkpoint(args.model)
-        self.calibration = calibration(self.checkpoint, self._recipe([]))
+        recipe = self._recipe([STARTS["wanda-sp"]])
+        sample = lambda sequences, length, seed: LLM(self.checkpoint).sample_tokens(sequences, length, seed)  # noqa: E731
+        self.calibration: Calibration = calibrate(recipe.calibration, self.checkpoint, sample)
+        """The model's own samples, from the cache if they are there."""
 
-    def row(self, name: str, *stages: dict[str, Any]) -> Row:
-        """Make and judge the pruned model with these stages after the first."""
-        steps = 0
+    def rows(self, start: str, original: float) -> list[Row]:
+        """The start as it was cut, and what each method makes of it."""
+        pruned = self._made(start, "pruned")
+        local = self._made(start, "recover-local", **self.args.local)
+        seconds = max(1.0, local["seconds"] - pruned["seconds"])
+        rows = [local]
+        if start in self.args.full:
+            budget = {"tokens": None, "steps": MANY_STEPS, "patience": None, "seconds": seconds}
+            rows += [self._made(start, method, **budget) for method in ("lora", "distill")]
+        lost = math.log(pruned["perplexity"] / original)
+        for row in rows:
+            row["seconds"] = round(row["seconds"] - pruned["seconds"], 1)
+            row["trained_seconds"] = round(seconds, 1) if row is not local else row["seconds"]
+            row["share"] = math.log(pruned["perplexity"] / row["perplexity"]) / lost
+            row["share_per_minute"] = 60 * row["share"] / row["trained_seconds"]
+        return [pruned, *rows]
+
+    def _made(self, start: str, method: str, **options: Any) -> Row:
+        """Make and judge the start with this method behind it."""
+        steps, stages = 0, [STARTS[start]]
+        if method != "pruned":
+            stages.append({"method": method, **options})
 
         def watch(label: str, done: int, total: int) -> None:
             nonlocal steps
-            steps = done if label == "tuning" and done < total else steps
-            print(f"\r{name}: {label} {done} of {total}    ", end="", file=sys.stderr)
+            steps = done + 1 if label == "tuning" and done < total else steps
+            print(f"\r{start}, {method}: {label} {done} of {total}    ", end="", file=sys.stderr, flush=True)
 
-        out, began, cpu = self.args.work / name, time.monotonic(), time.process_time()
+        out, began = self.args.work / f"{start}-{method}", time.monotonic()
         compress(
             self.checkpoint,
-            self._recipe(list(stages)),
+            self._recipe(stages),
             out,
             self.calibration,
             progress=watch,
             overwrite=True,
             restart=True,
         )
-        took = {"seconds": time.monotonic() - began, "cpu_seconds": round(time.process_time() - cpu, 1)}
-        tokens = stages[0].get("tokens") if stages else 0
-        trained = (steps + 1) * self.args.length if tokens is None else tokens
-        return {"name": name, "tokens": trained, **took, "perplexity": self.judge(str(out))}
+        row = {"start": start, "method": method, "seconds": time.monotonic() - began}
+        tokens = options.get("tokens") if options.get("tokens") is not None else steps * self.args.length
+        row |= {"tokens": 0 if method == "pruned" else tokens, "perplexity": self.judge(str(out))}
+        print(f"\r{json.dumps(row)}", file=sys.stderr, flush=True)
+        return row
 
     def judge(self, model: str) -> float:
         """Perplexity on the corpus."""
         exact = ["--activations", "exact", "--backend", "reference", "--weights", "float", "--samples", "0"]
         command = [sys.executable, "-m", "gossamer", "eval", model, "--corpus", self.args.corpus]
-        command += ["--tokens", self.args.judged, *exact, "--json", "-q"]
+        command += ["--tokens", str(self.args.judged), *exact, "--json", "-q"]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         return float(json.loads(done.stdout.splitlines()[-1])["results"]["perplexity"])
 
     def _recipe(self, stages: list[dict[str, Any]]) -> Recipe:
         text = {"source": "self", "sequences": self.args.sequences, "length": self.args.length, "seed": 0}
-        whole = {"version": 1, "name": "recovery", "calibration": text, "stages": [self.args.prune, *stages]}
-        return parse_recipe(whole, "benchmark")
+        return parse_recipe({"version": 1, "name": "recovery", "calibration": text, "stages": stages}, "benchmark")
 
 
-def calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration:
-    """The model's own samples, from the cache if they are there."""
-    sample = lambda sequences, length, seed: LLM(checkpoint).sample_tokens(sequences, length, seed)  # noqa: E731
-    return calibrate(recipe.calibration, checkpoint, sample)
-
-
-def table(model: str, original: float, rows: list[Row]) -> str:
-    """Markdown; recover-local ends a block early where nothing is gained, so its tokens are an upper bound."""
+def page(run: dict[str, Any]) -> str:
+    """Markdown: the one table, and how each column came about."""
+    protocol, machine = run["protocol"], run["machine"]
+    tokens = protocol["sequences"] * protocol["length"]
     lines = [
-        f"{model}: perplexity {original:.3f}",
+        "# What recovery brings back",
         "",
-        "| | perplexity | share of lost log-perplexity | tokens | seconds | CPU seconds |",
-        "|---|---|---|---|---|---|",
+        f"    {run['command']}",
+        "",
+        f"{machine['cpu']}, {settings.threads()} threads. Perplexity is that of {protocol['judged']:,} tokens of",
+        f"{protocol['corpus']}, which nothing learned from: {run['perplexity']:.2f} for {protocol['model']},",
+        "which comes as a Q4_1 GGUF file: it was **already 4-bit**. A fifth of its blocks' weights is cut; what is",
+        f"left is recovered on {protocol['sequences']} sequences of its own writing, {tokens:,} tokens, and judged in",
+        "float.",
+        "",
+        "*Share*: of the log-perplexity that the cut lost. *Tokens*: trained on, at most; `recover-local` trains each",
+        "block on so many, and its least squares read every sequence. *Seconds*: of the whole stage. `lora` and",
+        "`distill` train for as many as `recover-local` took in all; *a minute* counts their training alone.",
+        "",
+        "| start | recovered by | perplexity | share | tokens | seconds | share a minute |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for row in rows:
-        figures = (
-            f"{row['perplexity']:.3f} | {row['share']:.1%} | {row['tokens']} | {row['seconds']} | {row['cpu_seconds']}"
-        )
-        lines.append(f"| {row['name']} | {figures} |")
-    return "\n".join(lines)
+    for row in run["rows"]:
+        if row["method"] == "pruned":
+            lines.append(f"| {row['start']} | - | {row['perplexity']:.2f} | - | - | - | - |")
+            continue
+        figures = f"{row['perplexity']:.2f} | {row['share']:.1%} | {row['tokens']:,} | {row['seconds']:.0f}"
+        lines.append(f"| {row['start']} | {row['method']} | {figures} | {row['share_per_minute']:.1%} |")
+    return "\n".join([*lines, "", verdict(run), ""])
+
+
+def verdict(run: dict[str, Any]) -> str:
+    """Whether the goal was met, start by start."""
+    said = []
+    for local in (row for row in run["rows"] if row["method"] == "recover-local"):
+        others = [r for r in run["rows"] if r["start"] == local["start"] and r["method"] in ("lora", "distill")]
+        within = local["seconds"] <= 60 * LIMIT_MINUTES and local["tokens"] <= LIMIT_TOKENS
+        half = "at least" if local["share"] >= WANTED_SHARE else "less than"
+        text = f"- {local['start']}: {half} half came back" + ("" if within else ", but over the limits")
+        for other in others:
+            more = "more" if local["share_per_minute"] > other["share_per_minute"] else "less"
+            text += f"; {more} a minute than by {other['method']}"
+        said.append(f"{text}.")
+    goal = f"Wanted: half of it, with less than {LIMIT_TOKENS:,} tokens and {LIMIT_MINUTES} minutes."
+    return "\n".join([goal, "", *said])
 
 
 if __name__ == "__main__":

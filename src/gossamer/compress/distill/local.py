@@ -2,7 +2,8 @@
 
 One block at a time is trained, in float32, with every weight, norm and bias of it: no gradient passes from block to
 block (Blakeney et al., arXiv 2012.03096). A block that others were removed behind learns their part too. Training may
-begin at the least-squares `down` (He et al., arXiv 1707.06168), which makes up for lost channels at once.
+begin at the least-squares `o` and `down` (He et al., arXiv 1707.06168), which make up for lost heads and
+channels at once: they see each token once, where training needs many steps.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ class LocalOptions(Options):
         default=0.0, ge=0, description="weight of 1 - cos(output, target), added to the relative squared error"
     )
     least_squares: bool = Field(
-        default=True, description="begin with the `down` of least error, where it is dense and no norm is behind it"
+        default=True,
+        description="begin with the `o` and then the `down` of least error, where they are dense and no norm is behind "
+        "them",
     )
     learning_rate: float = Field(default=2e-3, ge=0, description="of weights, relative to their mean size in a layer")
     norm_rate: float = Field(default=5e-4, ge=0, description="of norm weights and biases")
@@ -86,7 +89,8 @@ class RecoverLocal(StageMethod, BlockMethod):
         student = Student(view)
         training, judging = parted(len(view.x))
         if self.options.least_squares:
-            student.solve_down(training, judging)
+            student.solve("o", training, judging)
+            student.solve("down", training, judging)
         student.begin()
         self._train(student, training, judging)
         student.finish()
@@ -95,7 +99,7 @@ class RecoverLocal(StageMethod, BlockMethod):
         """Memory of Adam over every weight of block `index`, the best so far, and the activations of a step."""
         layer = config.layers[index]
         weights = sum(rows * columns for rows, columns in layer.linear_shapes(config.hidden_size).values())
-        square = 3 * 4 * layer.ffn_width**2 if self.options.least_squares else 0
+        square = 3 * 4 * (max(layer.ffn_width, layer.q_size) + 1) ** 2 if self.options.least_squares else 0
         step = min(self.options.batch_size, sequences) * length
         return super().peak_bytes(config, index, sequences, step) + 4 * weights + square
 
@@ -177,18 +181,22 @@ class Student:
             p.copy_(value)
 
     @torch.no_grad()
-    def solve_down(self, training: Tensor, judging: Tensor) -> None:
-        """The dense `down` of least relative error, of the damping that serves sequences it was not solved for best."""
-        if not isinstance(self.view.form("down"), Dense) or self.view.block.layer.post_norms:
+    def solve(self, role: Literal["o", "down"], training: Tensor, judging: Tensor) -> None:
+        """The dense `o` or `down` of least relative error, with its bias if it has one.
+
+        Of several dampings, the one that serves sequences best which it was not solved for; or none of them.
+        """
+        if not isinstance(self.view.form(role), Dense) or self.view.block.layer.post_norms:
             return
-        weight, system = self.weights["down"], LeastSquares(self.view, training)
-        best, least = weight(), self.error(judging)
+        system, bias = LeastSquares(self.view, role, training), getattr(self.view.block, role).bias
+        best, least = (self.weights[role](), None if bias is None else bias.clone()), self.error(judging)
         for damping in DAMPINGS:
-            weight.put(system.solve(damping))
+            found = system.solve(damping)
+            self._put(role, *found)
             error = self.error(judging)
             if error < least:
-                best, least = weight(), error
-        weight.put(best)
+                best, least = found, error
+        self._put(role, *best)
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -197,6 +205,12 @@ class Student:
             self.view.block.get_parameter(name).copy_(parameter)
         for role, weight in self.weights.items():
             self.view.store(role, weight.stored())
+
+    def _put(self, role: str, weight: Tensor, bias: Tensor | None) -> None:
+        self.weights[role].put(weight)
+        self.view.block.get_parameter(f"{role}.weight").copy_(self.weights[role]())
+        if bias is not None:
+            self.view.block.get_parameter(f"{role}.bias").copy_(bias)
 
     def _floats(self) -> list[nn.Parameter]:
         return [p for weight in self.weights.values() for p in weight.floats.values()]
@@ -217,28 +231,43 @@ class Student:
 
 
 class LeastSquares:
-    """`down` W [out, in] of least sum over tokens of |y - t|^2 / |t|^2, with y = .. + W a the block's output.
+    """`o` or `down` W [out, in] of least sum over tokens of |y - t|^2 / |t|^2, with y = .. + W a + b a block's output.
 
-    With E = t - y at the weight W that is there, and rows of both divided by |t|: W + E^T a (a^T a + damping)^-1.
+    With E = t - y at the weight that is there, and rows of E and a divided by |t|: W + E^T a (a^T a + damping)^-1. A
+    bias is the weight of an input that is always 1. What a new `o` changes in the feed-forward network is left out.
     """
 
-    def __init__(self, view: BlockView, rows: Tensor) -> None:
-        self._name, self._weight = view.name("down"), view.block.get_parameter("down.weight").detach()
-        columns = self._weight.shape[1]
-        self._square, self._slope = torch.zeros(columns, columns), torch.zeros_like(self._weight)
+    def __init__(self, view: BlockView, role: Literal["o", "down"], rows: Tensor) -> None:
+        linear = getattr(view.block, role)
+        self._name, self._role, self._view = view.name(role), role, view
+        self._weight, self._bias = linear.weight.clone(), None if linear.bias is None else linear.bias.clone()
+        columns = self._weight.shape[1] + (self._bias is not None)
+        self._square, self._slope = torch.zeros(columns, columns), torch.zeros(columns, self._weight.shape[0])
         for batch in torch.split(rows, max(1, TOKENS_AT_ONCE // view.x.shape[1])):
-            x, target = view.x[batch], view.target[batch]
+            target = view.target[batch]
             scale = target.square().sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
-            a = (view.input_of("down", x) * scale).flatten(0, 1)
-            missing = ((target - view.block(x, view.rotation)) * scale).flatten(0, 1)
+            a, y = self._pass(view.x[batch])
+            if self._bias is not None:
+                a = torch.cat((a, torch.ones_like(scale)), -1)
+            a = (a * scale).flatten(0, 1)
             self._square.addmm_(a.T, a)
-            self._slope.addmm_(missing.T, a)
+            self._slope.addmm_(a.T, ((target - y) * scale).flatten(0, 1))
 
-    def solve(self, damping: float) -> Tensor:
-        """The weight, with a damping in mean squares of an input; it keeps what is found near what was there."""
-        square = self._square.clone()
-        square.diagonal().add_(damping * square.diagonal().mean())
+    def solve(self, damping: float) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias; a damping, in mean squares of an input, keeps the weight near the one that was there."""
+        square, columns = self._square.clone(), self._weight.shape[1]
+        diagonal = square.diagonal()[:columns]
+        diagonal.add_(damping * diagonal.mean())
         factor, failed = torch.linalg.cholesky_ex(square)
         if failed or not torch.isfinite(factor).all():
             raise NumericalError(f"{self._name}: its inputs are not finite", hint="the model is damaged")
-        return self._weight + torch.cholesky_solve(self._slope.T, factor).T
+        change = torch.cholesky_solve(self._slope, factor).T
+        return self._weight + change[:, :columns], None if self._bias is None else self._bias + change[:, columns]
+
+    def _pass(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs of the linear layer, and outputs of the block."""
+        block = self._view.block
+        mixed = block.mix(block.attn_norm(x), self._view.rotation)
+        attended = block.attended(mixed)
+        gated = block.gated(block.ffn_input(x, attended))
+        return mixed if self._role == "o" else gated, x + attended + block.fed(gated)
