@@ -32,10 +32,7 @@ from gossamer.measure.records import machine_block
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "recovery.md"
 STARTS: dict[str, dict[str, Any]] = {
-    "wanda-sp": {"method": "wanda-sp", "ratio": 0.2},
-    "flap": {"method": "flap", "ratio": 0.2},
-    "depth": {"method": "depth", "ratio": 0.2},
-    "llm-pruner": {"method": "llm-pruner", "ratio": 0.2},
+    key: {"method": key, "ratio": 0.2, "sequences": 16} for key in ("wanda-sp", "flap", "depth", "llm-pruner")
 }
 MANY_STEPS = 4096
 """More than any budget of seconds allows."""
@@ -74,9 +71,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--corpus", required=True, help="text to judge on; nothing learns from it")
     parser.add_argument("--starts", type=keys_argument, default=["wanda-sp", "flap", "depth"])
     parser.add_argument("--full", type=keys_argument, default=["wanda-sp"], help="where lora and distill recover, too")
-    parser.add_argument("--local", type=json.loads, default={"tokens": 24576}, help="options of recover-local, as JSON")
-    parser.add_argument("--sequences", type=int, default=48)
-    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--local", type=json.loads, default={"tokens": 12288}, help="options of recover-local, as JSON")
+    parser.add_argument("--sequences", type=int, default=96)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--judged", type=int, default=10240, help="tokens of the corpus to judge on")
     parser.add_argument("--write", action="store_true", help=f"write docs/results/{PAGE.name}")
     return parser.parse_args()

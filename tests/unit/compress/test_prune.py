@@ -38,6 +38,7 @@ from gossamer.compress.prune.flap import FLAP
 from gossamer.compress.prune.moments import Moments
 from gossamer.compress.prune.structure import Piece, channel_pieces, head_pieces, keep_best, keep_evenly, share
 from gossamer.compress.prune.wanda_sp import WandaSP
+from gossamer.compress.source import Source
 from gossamer.compress.units import Units
 from gossamer.engine.backend import choose
 from gossamer.errors import CompressionError, NumericalError, RecipeError, ShapeMismatch, UsageError
@@ -444,6 +445,19 @@ def test_pruning_asks_for_tokens(tmp_path: Path) -> None:
     for method in ("flap", "wanda-sp", "depth"):
         with pytest.raises(UsageError, match=f"{method} needs calibration tokens"):
             compress(model, recipe({"method": method}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("method", ["flap", "wanda-sp", "llm-pruner", "depth"])
+def test_scores_come_from_as_many_sequences_as_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    seen, embed = list[Tensor](), Source.embed
+    monkeypatch.setattr(Source, "embed", lambda self, tokens: seen.append(tokens) or embed(self, tokens))
+    model = make_model(tmp_path / "m")
+    prune(model, tmp_path / "all", {"method": method, "ratio": 0.3})
+    prune(model, tmp_path / "few", {"method": method, "ratio": 0.3, "sequences": 2})
+    assert [len(tokens) for tokens in seen] == [4, 2]
+    assert torch.equal(seen[1], seen[0][:2])
 
 
 def test_the_plan_says_how_small_the_model_gets(tmp_path: Path) -> None:

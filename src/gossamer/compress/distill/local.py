@@ -25,6 +25,7 @@ from ..blockwise import batches_of, cosine, parted
 from ..floatweight import FloatWeight
 from ..grids import linear_shapes
 from ..method import BlockMethod, Options, StageMethod
+from ..tune import WARM_UP
 from ..walk import TOKENS_AT_ONCE
 from .losses import cosine_distance, relative_error
 from .whole import not_float
@@ -54,7 +55,7 @@ class LocalOptions(Options):
         description="begin with the `o` and then the `down` of least error, where they are dense and no norm is behind "
         "them",
     )
-    learning_rate: float = Field(default=2e-3, ge=0, description="of weights, relative to their mean size in a layer")
+    learning_rate: float = Field(default=4e-3, ge=0, description="of weights, relative to their mean size in a layer")
     norm_rate: float = Field(default=5e-4, ge=0, description="of norm weights and biases")
     check_every: int = Field(default=16, ge=1, description="steps between two looks at the sequences kept back")
     patience: int = Field(default=4, ge=1, description="looks in a row without a gain that end a block's training")
@@ -116,7 +117,7 @@ class RecoverLocal(StageMethod, BlockMethod):
             if done >= 1 or waited >= o.patience:
                 break
             for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * cosine(done)
+                group["lr"] = group["rate"] * cosine(done) * min(1.0, (step + 1) / WARM_UP)
             student.loss(training[batch], o).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -37,6 +37,11 @@ class DepthOptions(Options):
 
     ratio: float = Field(0.2, gt=0, lt=1, description="share of the layers that goes, to the nearest one")
     greedy: bool = Field(False, description="one layer at a time, by measured divergence; slower")
+    sequences: int | None = Field(
+        None,
+        ge=1,
+        description="calibration sequences that influence comes from: recovery wants more; null: all",
+    )
     tokens: int = Field(1024, ge=8, description="of `greedy`: calibration tokens that the divergence is measured on")
 
 
@@ -72,7 +77,7 @@ class Depth(Reducer):
         count = self._count(units.source.config)
         if self.options.greedy:
             return {"layers": _greedy(units, tokens, self.options.tokens, count, progress)}
-        scores = influence(units.source, tokens, progress)
+        scores = influence(units.source, tokens[: self.options.sequences], progress)
         kept = scores.argsort(descending=True, stable=True)[:count].sort().values
         return {"layers": kept.int(), "influence": scores}
 

@@ -40,6 +40,9 @@ class StructureOptions(Options):
         False,
         description="all layers alike, and a number of heads that divides the hidden size, as other engines want it",
     )
+    sequences: int | None = Field(
+        None, ge=1, description="calibration sequences that scores come from: recovery wants more; null: all"
+    )
 
 
 @dataclass(frozen=True)
