@@ -36,7 +36,7 @@ DAMPINGS = (0.03, 0.3, 3.0)
 
 class LocalOptions(Options):
     tokens: int = Field(
-        default=131_072, ge=0, description="that each block is trained on, one that comes again counted again"
+        default=65_536, ge=0, description="that each block is trained on, one that comes again counted again"
     )
     batch_size: int = Field(default=1, ge=1, le=1024, description="calibration sequences in a step")
     seconds: float | None = Field(
