@@ -16,32 +16,41 @@ from bench_recovery import Bench, main
 def test_one_run_makes_every_row_and_the_page(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = {"wanda-sp-pruned": 40.0, "wanda-sp-recover-local": 20.0, "wanda-sp-lora": 36.0, "wanda-sp-distill": 30.0}
-    monkeypatch.setattr(Bench, "judge", lambda self, model: found.get(Path(model).name, 10.0))
+    found = {"pruned-8": 40.0, "recover-local-8": 20.0, "lora-8": 36.0, "distill-8": 30.0, "recover-local-12": 10.0}
+    monkeypatch.setattr(Bench, "judge", lambda self, model: found.get(Path(model).name.removeprefix("wanda-sp-"), 10.0))
     monkeypatch.setitem(bench_recovery.STARTS, "wanda-sp", {"method": "wanda-sp", "ratio": 0.2, "multiple": 4})
     monkeypatch.setattr(bench_recovery, "PAGE", tmp_path / "recovery.md")
     words = ["--model", tiny_model, "--corpus", tmp_path / "text.txt", "--work", tmp_path / "work", "--write"]
-    words += ["--starts", "wanda-sp", "--sequences", 8, "--length", 16, "--local", json.dumps({"tokens": 64})]
+    words += ["--starts", "wanda-sp", "--sequences", "12,8", "--length", 16, "--local", json.dumps({"tokens": 64})]
     monkeypatch.setattr(sys, "argv", ["bench_recovery.py", *map(str, words)])
     assert main() == 0
     run = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["method"] for row in run["rows"]] == ["pruned", "recover-local", "lora", "distill"]
-    pruned, local, lora, distill = run["rows"]
+    rounds = ["recover-local", "lora", "distill"]
+    assert [row["method"] for row in run["rows"]] == ["pruned", *rounds, *rounds]
+    assert [row["sequences"] for row in run["rows"]] == [8, 8, 8, 8, 12, 12, 12]
+    pruned, local, lora, distill, more, *_ = run["rows"]
+    assert more["share"] == pytest.approx(1.0)
     assert local["share"] == pytest.approx(0.5)
     assert distill["share"] == pytest.approx(math.log(40 / 30) / math.log(4))
-    assert local["share_per_minute"] == pytest.approx(60 * local["share"] / local["seconds"])
+    assert local["share_per_minute"] == pytest.approx(60 * local["share"] / local["trained_seconds"])
     assert lora["trained_seconds"] == distill["trained_seconds"] >= 1
     assert pruned["tokens"] == 0
     assert local["tokens"] == 64
     assert lora["tokens"] > 0
     page = (tmp_path / "recovery.md").read_text()
-    assert "| wanda-sp | recover-local | 20.00 | 50.0% | 64 |" in page
-    assert "wanda-sp: at least half came back" in page
+    assert "| wanda-sp | recover-local | 8 | 20.00 | 50.0% | 64 |" in page
+    assert "wanda-sp, 8 sequences: at least half came back" in page
     assert str(tmp_path) not in page
 
 
-def test_an_unknown_start_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench_recovery.py", "--corpus", "x", "--starts", "flap,half"])
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [(["--starts", "flap,half"], "no start 'half'"), (["--sequences", "32,4"], "4 sequences: at least the 8")],
+)
+def test_what_cannot_be_measured_is_refused(
+    words: list[str], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench_recovery.py", "--corpus", "x", *words])
     with pytest.raises(SystemExit):
         main()
-    assert "no start 'half'" in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
