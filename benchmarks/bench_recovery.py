@@ -31,7 +31,7 @@ from gossamer.engine import LLM
 from gossamer.measure.records import machine_block
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "recovery.md"
-OF_CUT = 8
+OF_CUT = 16
 """Sequences that decide what is cut: the same whatever is recovered on."""
 STARTS: dict[str, dict[str, Any]] = {
     key: {"method": key, "ratio": 0.2, "sequences": OF_CUT} for key in ("wanda-sp", "flap", "depth", "llm-pruner")
@@ -72,14 +72,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--corpus", required=True, help="text to judge on; nothing learns from it")
     parser.add_argument("--starts", type=keys_argument, default=["wanda-sp", "flap", "depth"])
-    parser.add_argument(
-        "--full", type=keys_argument, default=["wanda-sp", "flap"], help="where lora and distill recover, too"
-    )
+    parser.add_argument("--full", type=keys_argument, default=["wanda-sp"], help="where lora and distill recover, too")
     parser.add_argument("--local", type=json.loads, default={}, help="options of recover-local, as JSON")
     parser.add_argument(
         "--sequences",
         type=counts_argument,
-        default=[8, 32],
+        default=[16, 64],
         help="of the model's own text to recover on: a round of rows for each number",
     )
     parser.add_argument("--length", type=int, default=256)
