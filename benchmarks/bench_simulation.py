@@ -69,13 +69,13 @@ class Calibration:
     """Where it notes its steps."""
     steps: list[tuple[StepWork, float]] = field(default_factory=list)
     alone: list[tuple[LoadPlan, float]] = field(default_factory=list)
-    """Loads of one client, and the mean time to a first token."""
+    """Loads of one client, and the median time to a first token."""
 
     def load(self, url: str, seed: int, quick: bool) -> None:
         """One client and then many, and the steps that they took. Raises Failed."""
         began = len(self.file.read_text().splitlines())
         plan = replace(ALONE, seed=seed)
-        self.alone.append((plan, ask(url, plan)["ttft_s"]["mean"]))
+        self.alone.append((plan, ask(url, plan)["ttft_s"]["median"]))
         ask(url, shortened(replace(MANY, seed=seed + 1), quick))
         lines = [json.loads(line) for line in self.file.read_text().splitlines()[began:]]
         self.steps += [(StepWork(*work), seconds) for seconds, *work in lines]
@@ -88,7 +88,7 @@ class Calibration:
     def cost(self) -> StepCost:
         """Of a step, and of a request besides its steps."""
         cost, options = fit(self.steps), self.options()
-        rest = [ttft - simulated(plan, cost, options)["ttft_s"]["mean"] for plan, ttft in self.alone]
+        rest = [ttft - simulated(plan, cost, options)["ttft_s"]["median"] for plan, ttft in self.alone]
         return replace(cost, request_s=max(0.0, statistics.mean(rest)))
 
 
