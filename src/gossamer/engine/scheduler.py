@@ -144,6 +144,7 @@ class Scheduler:
         reading = [s for s in self.running if not s.decodes]
         coming = {digest for s in reading for digest in s.digests[len(s.table.digests) :]}
         spare = int(SPARE * self.blocks.num_blocks)
+        admits = admits and len(self.running) < self.max_sequences  # else those who wait need not be looked at
         for sequence in heapq.merge(reading, self.waiting[:] if admits else [], key=_turn):
             if budget <= 0:
                 return
