@@ -44,6 +44,7 @@ LOAD_SECONDS = 900.0
 BUSY = 0.6
 """Share of what 16 clients get through that requests at random moments are sent at."""
 ALONE = LoadPlan(requests=8, concurrency=1, input_tokens=Length(160, 120), output_tokens=Length(24, 8))
+FEW = LoadPlan(requests=16, concurrency=4, input_tokens=Length(160, 120), output_tokens=Length(40, 24))
 MANY = LoadPlan(requests=40, concurrency=24, input_tokens=Length(160, 144), output_tokens=Length(40, 32))
 CLOSED = LoadPlan(requests=96, concurrency=16, input_tokens=Length(128, 96), output_tokens=Length(64, 48))
 OPEN = LoadPlan(requests=96, rate=1.0, input_tokens=Length(128, 96), output_tokens=Length(64, 48))
@@ -72,11 +73,12 @@ class Calibration:
     """Loads of one client, and the median time to a first token."""
 
     def load(self, url: str, seed: int, quick: bool) -> None:
-        """One client and then many, and the steps that they took. Raises Failed."""
+        """One client, then few and many, and the steps that they took. Raises Failed."""
         began = len(self.file.read_text().splitlines())
         plan = replace(ALONE, seed=seed)
         self.alone.append((plan, ask(url, plan)["ttft_s"]["median"]))
-        ask(url, shortened(replace(MANY, seed=seed + 1), quick))
+        for number, crowd in enumerate((FEW, MANY), 1):
+            ask(url, shortened(replace(crowd, seed=seed + number), quick))
         lines = [json.loads(line) for line in self.file.read_text().splitlines()[began:]]
         self.steps += [(StepWork(*work), seconds) for seconds, *work in lines]
 
@@ -200,8 +202,8 @@ def page(run: dict[str, Any]) -> str:
         + (": its GGUF file was already 4-bit (Q4_1); held as bfloat16." if run["model"] == "smollm2" else "."),
         "Two loads are measured and simulated: 16 clients, and requests at random moments at "
         f"{BUSY:.0%} of what 16 clients get through; each on a fresh server. Before and after it the same server gets "
-        "calibration loads (other lengths, other seeds, 1 and 24 clients), to whose steps alone the cost of a step is "
-        "fitted: the speed of the machine drifts. A difference is "
+        "calibration loads (other lengths, other seeds, 1, 4 and 24 clients), to whose steps alone the cost of a step "
+        "is fitted: the speed of the machine drifts. A difference is "
         f"simulated over measured, less one; wanted: within {WANTED:.0%} for the figures in bold. p99 of "
         f"{CLOSED.requests} requests is nearly the longest wait.",
         *(table(rounds, load) for load in loads),

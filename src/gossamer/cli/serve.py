@@ -16,6 +16,7 @@ from . import _options as o
 from ._imports import importing
 
 if TYPE_CHECKING:
+    from ..engine.sharded.nodes import Nodes
     from ..serve.server import ModelSpec
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -81,10 +82,16 @@ def serve(
     gossamer serve smollm2
     gossamer serve small/ smollm2 --port 8080 --draft ngram
     gossamer serve smollm2 --ray --replicas 4
+    gossamer serve large/ --ray --tp 2 --nodes 2 --replicas 4
     """
-    meeting = o.several_nodes(nodes, master_addr)
-    if meeting is not None and (ray is not None or len(models) > 1):
-        raise UsageError("--nodes are for one model, without --ray", hint="serve each model by a command of its own")
+    if nodes > 1 and len(models) > 1:
+        raise UsageError("--nodes are for one model", hint="serve each model by a command of its own")
+    if ray is not None and master_addr is not None:
+        raise UsageError("--ray finds the other nodes itself", hint="without --master-addr")
+    meeting = o.several_nodes(nodes, master_addr) if ray is None else None
+    with importing():
+        from ..parallel.roofline import place
+    place(tp * pp, nodes)  # which refuses what does not come out even
     engine = {
         "options": {
             "kv_memory": None if kv_memory is None else bytes_in(kv_memory),
@@ -93,7 +100,7 @@ def serve(
             "prefix_reuse": prefix_reuse,
         },
         "choice": {"backend": backend, "weights": weights, "activations": activations, "kv_cache": kv_cache}
-        | {"tp": tp, "pp": pp, "nodes": meeting},
+        | {"tp": tp, "pp": pp},
         "draft": draft,
         "models": len(models),
     }
@@ -117,13 +124,13 @@ def serve(
     specs = partial(_specs, models, names, engine, verbose=not quiet)
     ready = partial(_announce, names=names, out=sys.stdout)
     if ray is None:
-        server.serve(specs(), options, ready)
+        server.serve(specs(meeting), options, ready)
         return
     from ..serve.replicas.deploy import Scale
     from ..serve.replicas.server import serve_on_ray
 
-    specs()  # what is wrong with a model is said before a cluster is asked
-    scale = Scale(replicas, max_replicas or replicas, threads(), max_sequences)
+    specs(None)  # what is wrong with a model is said before a cluster is asked
+    scale = Scale(replicas, max_replicas or replicas, threads(), max_sequences, nodes)
     application = re.sub(r"[^\w.-]+", "-", " ".join(names))
     serve_on_ray(application, specs, options, scale, ray, ready)
 
@@ -154,8 +161,12 @@ def _name(model: str) -> str:
     return path.stem if path.suffix == ".gguf" else path.resolve().name
 
 
-def _specs(models: list[str], names: list[str], engine: dict[str, Any], verbose: bool) -> list[ModelSpec]:
-    return [_spec(model, name, engine, verbose) for model, name in zip(models, names, strict=True)]
+def _specs(
+    models: list[str], names: list[str], engine: dict[str, Any], meeting: Nodes | None, verbose: bool
+) -> list[ModelSpec]:
+    choice = engine["choice"] | {"nodes": meeting}
+    arguments = engine | {"choice": choice}
+    return [_spec(model, name, arguments, verbose) for model, name in zip(models, names, strict=True)]
 
 
 def _spec(model: str, name: str, engine: dict[str, Any], verbose: bool) -> ModelSpec:

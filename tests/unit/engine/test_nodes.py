@@ -216,10 +216,17 @@ def test_nodes_and_their_address_belong_together(options, capsys):
     assert "--nodes and --master-addr belong together" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("more", [["second"], ["--ray"]])
-def test_a_server_on_several_nodes_has_one_model_and_no_cluster(more, capsys):
-    assert main(["serve", "nowhere", *more, "--tp", "2", "--nodes", "2", "--master-addr", "127.0.0.1"]) == 2
-    assert "--nodes are for one model, without --ray" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["second", "--tp", "2", "--master-addr", "127.0.0.1"], "--nodes are for one model"),
+        (["--tp", "2", "--master-addr", "127.0.0.1", "--ray"], "--ray finds the other nodes itself"),
+        (["--tp", "3", "--ray"], "3 ranks on 2 nodes"),
+    ],
+)
+def test_what_a_server_on_several_nodes_is_not_given(more, why, capsys):
+    assert main(["serve", "nowhere", *more, "--nodes", "2"]) == 2
+    assert why in capsys.readouterr().err
 
 
 def test_a_rank_refuses_a_model_that_is_not_the_engines(tmp_path):

@@ -13,7 +13,7 @@ from gossamer.serve.replicas.server import serve_on_ray
 from gossamer.serve.server import ModelSpec, ServerOptions
 
 
-def specs(delay: float) -> list[ModelSpec]:
+def specs(delay: float, meeting: object) -> list[ModelSpec]:
     options = {"kv_memory": 512 * 16 * 8, "max_sequences": 64, "max_batch_tokens": 512}
     arguments = {"delay": delay, "token_delay": 0.0, "context": 1024, "options": options}
     return [ModelSpec("fake", make_tokenizer, WorkerSpec("fake_engine:make_engine", arguments))]

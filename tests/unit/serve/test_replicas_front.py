@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import Message, Scope
 
+from gossamer.serve.replicas.deploy import most_replicas
 from gossamer.serve.replicas.front import Front, ReplicaLost, beginning
 from gossamer.serve.replicas.replica import sent
 from gossamer.serve.service import Limits
@@ -267,3 +269,13 @@ def test_who_stops_listening_ends_the_application() -> None:
 
     asyncio.run(listen())
     assert ended == [True]
+
+
+@pytest.mark.parametrize("slots", list(itertools.combinations_with_replacement(range(4), 4)))
+@pytest.mark.parametrize("nodes", [1, 2, 3])
+def test_as_many_replicas_fit_as_can_be_placed_one_after_another(slots: tuple[int, ...], nodes: int) -> None:
+    free, placed = sorted(slots), 0
+    while free[-nodes] > 0:  # each on the nodes with most room
+        free = sorted([*free[:-nodes], *(left - 1 for left in free[-nodes:])])
+        placed += 1
+    assert most_replicas(slots, nodes) == placed

@@ -2,6 +2,7 @@
 
     front      the HTTP side: who may come in, which replica, another one where that is lost. Knows no Ray
     replica    one copy: the application of `serve/app.py` over engine workers of its own. Knows no Ray
+    group      the other nodes of a copy whose model is on several
     router     which replica a prompt goes to: Ray Serve's seam, loaded by Ray Serve
     metrics    those of all replicas, in one
     deploy     starts and ends the replicas through Ray Serve, and asks them

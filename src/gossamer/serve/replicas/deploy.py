@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,9 @@ from starlette.types import Message, Scope
 from ...cluster.place import Place
 from ...errors import ClusterError
 from ..client import Watch
-from ..server import ModelSpec
 from ..service import Limits
 from .front import ReplicaLost
-from .replica import Replica
+from .replica import Replica, Specs
 
 ROUTER = "gossamer.serve.replicas.router.PrefixRouter"
 NAME = "replica"
@@ -41,9 +40,29 @@ class Scale:
     most: int
     """Of them under load; `count` for no more."""
     threads: int
-    """CPUs of each."""
+    """CPUs of each, on each of its nodes."""
     max_sequences: int
     """Completions that run together in each."""
+    nodes: int = 1
+    """That hold parts of the model of each."""
+
+    def number(self) -> dict[str, Any]:
+        """How many there are to be, as Ray Serve is told it."""
+        from ray.serve.config import AutoscalingConfig
+
+        if self.most == self.count:
+            return {"num_replicas": self.count}
+        aim = max(1, self.max_sequences // 2)
+        scaling = AutoscalingConfig(min_replicas=self.count, max_replicas=self.most, target_ongoing_requests=aim)
+        return {"autoscaling_config": scaling}
+
+    def room(self) -> dict[str, Any]:
+        """What each takes of the cluster: CPUs of one node, or of several, no two of its parts on the same."""
+        own = {"ray_actor_options": {"num_cpus": self.threads}}
+        if self.nodes == 1:
+            return own
+        bundles = [{"CPU": float(self.threads)}] * self.nodes
+        return own | {"placement_group_bundles": bundles, "placement_group_strategy": "STRICT_SPREAD"}
 
 
 class Deployment:
@@ -53,36 +72,28 @@ class Deployment:
         self._ray, self._name = ray, name
         self._handle: Any = None
 
-    def start(self, specs: Callable[[], Sequence[ModelSpec]], scale: Scale, limits: Limits, watch: Watch) -> None:
+    def start(self, specs: Specs, scale: Scale, limits: Limits, watch: Watch) -> None:
         """Have `count` replicas. Raises ClusterError: no room for them, or they cannot be made."""
         from ray import serve
-        from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+        from ray.serve.config import RequestRouterConfig
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)  # once it is imported, for that sets it
         _require_room(self._ray, scale)
-        number: dict[str, Any] = {"num_replicas": scale.count}
-        if scale.most > scale.count:
-            aim = max(1, scale.max_sequences // 2)
-            number = {
-                "autoscaling_config": AutoscalingConfig(
-                    min_replicas=scale.count, max_replicas=scale.most, target_ongoing_requests=aim
-                )
-            }
         router = RequestRouterConfig(
             request_router_class=ROUTER, request_router_kwargs={"slack": max(1, scale.max_sequences // 4)}
         )
         deployment = serve.deployment(
             name=NAME,
-            ray_actor_options={"num_cpus": scale.threads},
             max_ongoing_requests=scale.max_sequences + limits.max_queue,
             health_check_period_s=SECONDS_BETWEEN_CHECKS,
             health_check_timeout_s=SECONDS_OF_A_CHECK,
             max_constructor_retry_count=TRIES,
             request_router_config=router,
-            **number,
+            **scale.room(),
+            **scale.number(),
         )(Replica)
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
-        bound = deployment.bind(specs, limits, watch, Place(), scale.threads)
+        bound = deployment.bind(specs, limits, watch, Place(), scale.threads, scale.nodes)
         try:
             self._handle = serve.run(bound, name=self._name, route_prefix=None)
         except RuntimeError as error:
@@ -159,10 +170,18 @@ def _is_cancelled() -> bool:
 def _require_room(ray: Any, scale: Scale) -> None:
     """Raise ClusterError if the cluster has too few CPUs, for Ray would wait for more."""
     nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
-    room = sum(int(cpus // scale.threads) for cpus in nodes)
+    slots = [int(cpus // scale.threads) for cpus in nodes]
+    room = most_replicas(slots, scale.nodes)
     if room < scale.count:
+        where = "" if scale.nodes == 1 else f" on each of {scale.nodes} nodes"
         raise ClusterError(
-            f"{scale.count} replicas of {scale.threads} CPUs each do not fit on nodes of "
+            f"{scale.count} replicas of {scale.threads} CPUs each{where} do not fit on nodes of "
             f"{', '.join(f'{cpus:g}' for cpus in nodes)} CPUs",
             hint=f"GOSSAMER_THREADS says how many each takes; there is room for {room}",
         )
+
+
+def most_replicas(slots: Sequence[int], nodes: int) -> int:
+    """How many replicas fit, each with a slot on so many different nodes, where every node has `slots` of them."""
+    most = sum(slots) // nodes
+    return next(count for count in range(most, -1, -1) if sum(min(count, free) for free in slots) >= count * nodes)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from ...cluster.join import joined
-from ..server import ModelSpec, ServerOptions, Signals, bind, http_server, url
+from ..server import ServerOptions, Signals, bind, http_server, url
 from .deploy import Deployment, Scale
 from .front import Front
+from .replica import Specs
 
 
 def serve_on_ray(
     name: str,
-    specs: Callable[[], Sequence[ModelSpec]],
+    specs: Specs,
     options: ServerOptions,
     scale: Scale,
     address: str,
