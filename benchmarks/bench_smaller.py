@@ -54,6 +54,8 @@ class Row:
     same: tuple[Stage, ...] = ()
     wanted: float | None = None
     """The ratio of times that is a pass."""
+    base: str = "bf16"
+    """What is made smaller: a key of `cpu_models`."""
 
 
 ROWS = (
@@ -66,6 +68,7 @@ ROWS = (
     Row("sparse-int8", "half of the weights zero, 8 bits", ({"method": "magnitude"},), (INT8,), wanted=1.4),
     Row("low-rank-80", "factors of 80% of the parameters, bf16", ({"method": "svd", "ratio": 0.8},)),
     Row("low-rank-50", "factors of 50% of the parameters, bf16", ({"method": "svd", "ratio": 0.5},)),
+    Row("low-rank-50-1b", "the same of 1.2 billion, bf16", ({"method": "svd", "ratio": 0.5},), base="1b-bf16"),
 )
 
 
@@ -86,7 +89,9 @@ def main() -> int:
 
 def measured(row: Row, rounds: int) -> dict[str, Any]:
     """Both models of a row in turns, behind a pair that does not count."""
-    full, smaller = (choose(open_checkpoint(made(stages))) for stages in (row.same, (*row.smaller, *row.same)))
+    full, smaller = (
+        choose(open_checkpoint(made(row.base, stages))) for stages in (row.same, (*row.smaller, *row.same))
+    )
     pairs = [tuple(seconds_of(backend, 49152, REQUEST) for backend in (full, smaller)) for _ in range(rounds + 1)][1:]
     promise, gain = read(full) / read(smaller), statistics.median(a / b for a, b in pairs)
     print(f"{row.key}: promised {promise:.2f}, is {gain:.2f}", file=sys.stderr, flush=True)
@@ -98,13 +103,14 @@ def measured(row: Row, rounds: int) -> dict[str, Any]:
     }
 
 
-def made(stages: tuple[Stage, ...]) -> Path:
-    """The model with these stages, made when it is first asked for."""
-    base = cpu_models.path_of("bf16")
+def made(key: str, stages: tuple[Stage, ...]) -> Path:
+    """A model of `cpu_models` with these stages, made when it is first asked for."""
+    base = cpu_models.path_of(key)
     if not stages:
         return base
     recipe = yaml.safe_dump({"version": 1, "name": "smaller", "calibration": TEXT, "stages": list(stages)})
-    folder = cache_dir("bench") / f"smaller-{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
+    kind = "" if key == "bf16" else f"{key}-"
+    folder = cache_dir("bench") / f"smaller-{kind}{hashlib.sha256(recipe.encode()).hexdigest()[:8]}"
     if not folder.exists():
         file = folder.with_suffix(".yaml")
         file.write_text(recipe)
@@ -128,7 +134,11 @@ def page(results: list[dict[str, Any]], rounds: int) -> str:
         f"{cpu}, {threads()} threads; one sequence, {REQUEST.output} tokens, {rounds} pairs",
         "in turns. The promise is the ratio of the bytes that a token reads, embedding as head included; measured is",
         "the median of the pairs' ratios of time. SmolLM2-135M-Instruct was already 4-bit (a Q4_1 GGUF file) before",
-        "any of these was made. Of speed only: what such cuts cost stands in [compression.md](compression.md).",
+        "any of these was made; what has 1.2 billion parameters has random ones. Of speed only: what such cuts cost",
+        "stands in [pruning.md](pruning.md). Zeros among 8-bit weights stay out of memory where an instruction expands",
+        "bytes (AVX-512 with VBMI2). Byte shuffles (AVX2) take longer over a weight than reading it takes: there zeros",
+        "are filled in at load, and cost what other weights cost. A layer in factors is two products, each with a wait",
+        "for all threads behind it: small layers keep less of their promise than large ones.",
         "",
         "| model | MB full | MB smaller | tokens/s full | tokens/s smaller | promised | measured | wanted |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
