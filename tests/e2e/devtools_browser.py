@@ -84,6 +84,12 @@ class Browser:
                 return result
             self.events.append(answer)
 
+    def wait_event(self, method: str, session: str, after: int) -> None:
+        """Returns once a tab has reported this, among the events from number `after` on."""
+        deadline = time.monotonic() + TIMEOUT
+        while not any((e["method"], e.get("sessionId")) == (method, session) for e in self.events[after:]):
+            self.events.append(self._receive(deadline))
+
     def _receive(self, deadline: float) -> dict[str, Any]:
         while b"\0" not in self._received:
             ready, _, _ = select.select([self._in], [], [], max(0.0, deadline - time.monotonic()))
@@ -124,6 +130,12 @@ class Page:
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         return self._browser.call(method, self._session, **params)
+
+    def reload(self) -> None:
+        """The page loaded anew: a script that runs while one document gives way to the next would be cut off."""
+        before = len(self._browser.events)
+        self.call("Page.reload")
+        self._browser.wait_event("Page.loadEventFired", self._session, before)
 
     def close(self) -> None:
         self._browser.call("Target.disposeBrowserContext", browserContextId=self._context)
