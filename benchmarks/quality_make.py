@@ -158,13 +158,14 @@ class Workshop:
     def _ours(self, row: Row, folder: Path) -> Made:
         out = folder / "model"
         words = ["compress", self.base, "--recipe", row.options["recipe"], "--out", out, "--restart", "--quiet"]
-        if row.options["calibrated"]:
+        like_peers = row.options["calibrated"] and "trained_tokens" not in row.options
+        if like_peers:
             spec = self.spec
             words += ["--calibration", spec.source, "--calibration-sequences", spec.sequences]
             words += ["--calibration-length", spec.length, "--seed", spec.seed]
         cost = self._measured([sys.executable, "-m", "gossamer", *words], folder)
         used = (open_checkpoint(out).manifest or {}).get("calibration") or {}
-        if row.options["calibrated"] and used.get("sha256") != token_hash(self.calibration.tokens):
+        if like_peers and used.get("sha256") != token_hash(self.calibration.tokens):
             raise Failed("it was calibrated on other tokens than the peers")
         return self._made(out, cost, version=importlib.metadata.version("gossamer"))
 

@@ -34,7 +34,7 @@ JUDGED = (
     "embedding and head included, over the {parameters:,} weights of the float model. Time and peak memory are those "
     "of the whole process that makes the file, libraries and loading counted; `inside` is what a peer's worker says of "
     "its method alone. All methods that calibrate do so on the same {sequences} x {length} tokens, which the model "
-    "wrote itself."
+    "wrote itself; a row that says `trained on` has learned from more of such text, and only counts for the targets."
 )
 
 
@@ -120,7 +120,10 @@ def _ordered(title: str, better: Result, worse: Result, strict: bool) -> Finding
 
 
 def comparisons(results: Sequence[Result]) -> list[Finding]:
-    """One finding for each peer row that was judged: the best of ours with no more bits, by the first text."""
+    """One finding for each peer row that was judged: the best of ours with no more bits, by the first text.
+
+    What was trained on more text than the peers were calibrated on is left out.
+    """
     return [_compared(peer, results) for peer in good(results) if peer["maker"] not in (OURS, FLOAT)]
 
 
@@ -128,7 +131,7 @@ def _compared(peer: Result, results: Sequence[Result]) -> Finding:
     limit = peer["bits_per_weight"]
     wanted = CLEARLY if peer["bits"] <= LOW_BITS else 1.0
     title = f"{peer['key']} at {limit:.2f} bits"
-    best = best_of_ours(results, limit)
+    best = best_of_ours([r for r in results if not trained_tokens(r)], limit)
     if best is None:
         return Finding(title, False, "nothing of ours takes so few bits")
     ratios = {text: kld(best, text) / kld(peer, text) for text in peer["quality"]}
@@ -145,6 +148,12 @@ def best_of_ours(results: Sequence[Result], bits_per_weight: float) -> Result | 
     ours = [r for r in good(results) if r["maker"] == OURS and not r["on_source_grid"]]
     fitting = [r for r in ours if r["bits_per_weight"] <= bits_per_weight + SAME_BITS]
     return min(fitting, key=lambda r: kld(r, next(iter(r["quality"]))), default=None)
+
+
+def trained_tokens(result: Result) -> int | None:
+    """Tokens of its own text that a row was trained on, if those are more than all others were calibrated on."""
+    tokens: int | None = result["options"].get("trained_tokens")
+    return tokens
 
 
 def targets(results: Sequence[Result]) -> list[Finding]:
@@ -233,7 +242,9 @@ def remark(result: Result) -> str:
         return f"failed: {why}".replace("|", "\\|")
     foreign = result.get("foreign_cores") or 0.0
     busy = [f"others used {foreign:.1f} cores while it was made"] if foreign > QUIET else []
-    return "; ".join([*(["on the source's grid"] if result["on_source_grid"] else []), *busy])
+    trained = trained_tokens(result)
+    text = [f"trained on {trained:,} tokens"] if trained else []
+    return "; ".join([*(["on the source's grid"] if result["on_source_grid"] else []), *text, *busy])
 
 
 def _number(value: float | None, digits: int) -> str:

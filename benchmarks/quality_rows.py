@@ -96,7 +96,10 @@ def our_rows(extra: Sequence[str] = ()) -> list[Row]:
 
 
 def recipe_row(name: str) -> Row:
-    """The row of a recipe by name or file; a recipe that cannot be read is a row that says why."""
+    """The row of a recipe by name or file; a recipe that cannot be read is a row that says why.
+
+    A recipe whose quantizer reads only some of its text trains on the rest of it: the row has `trained_tokens`.
+    """
     key = f"{OURS}/{Path(name).stem}"
     try:
         recipe = load_recipe(name, recipes_folder())
@@ -106,6 +109,8 @@ def recipe_row(name: str) -> Row:
         return Row(key, OURS, "unknown", None, reason=f"{type(error).__name__}: {error.message}")
     where = next((i for i, stage in enumerate(stages) if "bits" in stage and "group_size" in stage), None)
     options = {"recipe": name, "calibrated": calibrated, "stages": stages}
+    if where is not None and stages[where].get("sequences") is not None:
+        options["trained_tokens"] = recipe.calibration.sequences * recipe.calibration.length
     if where is None:
         return Row(key, OURS, "+".join(stage["method"] for stage in stages), None, options=options)
     return Row(

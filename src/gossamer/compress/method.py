@@ -185,6 +185,9 @@ class QuantizeOptions(GridOptions):
         default=None,
         description="average bits of the whole model (`4.5`, or a mapping): a grid for each layer by measurement",
     )
+    sequences: int | None = Field(
+        default=None, ge=1, description="calibration sequences that it reads: training behind it wants more; null: all"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -247,6 +250,11 @@ class Method(abc.ABC):
     def __init__(self, options: Any) -> None:
         """A method with checked options."""
 
+    @property
+    def sequences(self) -> int | None:
+        """How many of the calibration's sequences, the first ones, it is given; None: all."""
+        return None
+
     @classmethod
     @abc.abstractmethod
     def options_class(cls) -> type[Options]:
@@ -277,6 +285,10 @@ class GridMethod(WeightMethod):
     @classmethod
     def options_class(cls) -> type[QuantizeOptions]:
         return cls.Options
+
+    @property
+    def sequences(self) -> int | None:
+        return self.options.sequences
 
     def formats(self, config: ModelConfig, before: Mapping[str, Format]) -> dict[str, Format]:
         """The grids of the options, inside of whatever form the weights have. Raises RecipeError."""

@@ -202,7 +202,8 @@ class _Run:
             view, teacher = self._reduced(part.main, units, tokens, teacher)
             units = units_over(view)
         else:
-            make_units(units, part.main, tokens, self.progress, seed, teacher, self._elsewhere(units, part, given))
+            read = None if tokens is None else tokens[: part.main.sequences]
+            make_units(units, part.main, read, self.progress, seed, teacher, self._elsewhere(units, part, given))
         for stage, tuner in enumerate(part.tuners):
             if not units.is_done(units.tuned[stage]):
                 assert tokens is not None

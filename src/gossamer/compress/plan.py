@@ -129,12 +129,13 @@ def plan_part(
     kinds: dict[str, Kind] = {m: "embedding" if m == family.embed else "linear" for m in formats}
     sizes = _stored_bytes(config, formats, dense)
     ends = [m for m in (family.embed, family.head) if m in stored]
+    read = text.model_copy(update={"sequences": min(text.sequences, part.main.sequences or text.sequences)})
     phases = {}
     if isinstance(part.main, WeightMethod):
         phase = "quantizing" if isinstance(part.main, GridMethod) else part.main.name
-        phases[phase] = _peak(config, part.main, text, bool(ends))
+        phases[phase] = _peak(config, part.main, read, bool(ends))
     if part.main.needs is Needs.GRADIENT and isinstance(part.main, Quantizer):
-        phases["gradients"] = _gradient_peak(config, text)
+        phases["gradients"] = _gradient_peak(config, read)
     for tuner in part.tuners:
         phases[tuner.name] = _tuned_bytes(config, sizes, text, bool(ends)) + tuner.peak_bytes(
             config, text.sequences, text.length

@@ -95,8 +95,8 @@ class TunedModel(nn.Module):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [.., vocabulary] of hidden states [.., hidden]: final norm and head."""
-        return softcap(F.linear(self.final_norm(hidden), self.head.weight()), self.config.final_softcap)
+        """Logits [.., vocabulary], always float32, of hidden states [.., hidden]: final norm and head."""
+        return softcap(F.linear(self.final_norm(hidden), self.head.weight()).float(), self.config.final_softcap)
 
     def teacher_logits(self, tokens: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits [sequences, time, vocabulary] of the original model, without a gradient; or at these positions only.
@@ -328,7 +328,7 @@ class _Teacher:
         hidden = self.states(tokens)[-1]
         norm, head = self._norm_and_head()
         logits = F.linear(norm(hidden if positions is None else hidden[:, positions]), head)
-        return softcap(logits, self._source.config.final_softcap)
+        return softcap(logits.float(), self._source.config.final_softcap)
 
     @torch.no_grad()
     def states(self, tokens: Tensor) -> Tensor:

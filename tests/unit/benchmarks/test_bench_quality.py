@@ -31,8 +31,8 @@ def result(key: str = "gossamer/a", kld: float = 0.1, **changes: Any) -> dict[st
     """A row's result as bench_quality makes it."""
     row = {
         "key": key, "maker": key.split("/")[0], "method": "gptq", "bits": 4, "grid": "g64", "act_order": None,
-        "on_source_grid": False, "reason": None, "bits_per_weight": 4.5, "stored_bytes": 76e6, "seconds": 12.0,
-        "inside_seconds": None, "peak_bytes": 1.5e9, "foreign_cores": 0.0, "version": "1",
+        "on_source_grid": False, "options": {}, "reason": None, "bits_per_weight": 4.5, "stored_bytes": 76e6,
+        "seconds": 12.0, "inside_seconds": None, "peak_bytes": 1.5e9, "foreign_cores": 0.0, "version": "1",
         "quality": {TEXT: {"kld_mean": kld, "kld_p99": 1.0, "perplexity": 20.0, "top1_agreement": 0.8}},
     }  # fmt: skip
     return row | changes
@@ -377,6 +377,24 @@ def test_targets_hold_only_with_both_figures(kld: float, perplexity: float, held
     ours["quality"][TEXT]["perplexity"] = perplexity
     found = quality_report.targets([result("float/folder", 0.0), ours])
     assert [finding.held for finding in found] == [held, False, False]
+
+
+def test_what_trained_on_more_text_than_the_peers_had_counts_for_targets_alone() -> None:
+    trained = result("gossamer/a", 0.05, options={"trained_tokens": 262144}, bits_per_weight=4.5)
+    rows = [result("float/folder", 0.0), trained, result("llama.cpp/q4_0", 0.4, bits_per_weight=4.5)]
+    assert quality_report.comparisons(rows)[0].figures == "nothing of ours takes so few bits"
+    assert quality_report.targets(rows)[0].held
+    assert quality_report.remark(trained) == "trained on 262,144 tokens"
+
+
+def test_a_recipe_whose_quantizer_reads_some_of_its_text_trains_on_all_of_it(tmp_path: Path) -> None:
+    stages = "[{method: gptq, sequences: 8}, {method: qat, steps: 1}]"
+    (tmp_path / "r.yaml").write_text(
+        f"version: 1\nname: r\ncalibration: {{sequences: 64, length: 128}}\nstages: {stages}\n"
+    )
+    assert quality_rows.recipe_row(str(tmp_path / "r.yaml")).options["trained_tokens"] == 64 * 128
+    (tmp_path / "plain.yaml").write_text("version: 1\nname: r\nstages: [{method: gptq}, {method: qat, steps: 1}]\n")
+    assert "trained_tokens" not in quality_rows.recipe_row(str(tmp_path / "plain.yaml")).options
 
 
 def test_the_page_has_a_line_for_every_row_the_failed_ones_too() -> None:

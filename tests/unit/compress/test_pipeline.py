@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gossamer.checkpoint import journal, open_checkpoint
 from gossamer.checkpoint.atomic import Lock
@@ -130,6 +131,21 @@ def test_the_artifact_says_what_it_is(model: Path, tmp_path: Path) -> None:
     assert all(0 < layer["relative_error"] < 0.1 for layer in result.layers)
     assert result.layers[0]["bits_per_weight"] == pytest.approx(4 + 16 / 32 + 128 / (64 * 64))  # codes, scales, shape
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("stage", [{"method": "gptq"}, {"method": "efficientqat"}, {"method": "awq"}])
+def test_a_stage_may_read_the_first_sequences_alone(model: Path, tmp_path: Path, stage: dict[str, Any]) -> None:
+    whole = calibration()
+    few = Calibration(whole.tokens[:2], whole.record | {"sha256": token_hash(whole.tokens[:2]), "sequences": 2})
+    made = {"part": ({"sequences": 2}, whole), "few": ({}, few), "all": ({}, whole)}
+    part, alone, every = (
+        load_file(
+            compress(open_checkpoint(model), recipe(**stage, **limit), tmp_path / name, text).path / "model.safetensors"
+        )
+        for name, (limit, text) in made.items()
+    )
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in part.items())
+    assert any(not torch.equal(tensor, every[name]) for name, tensor in part.items())
 
 
 def test_two_runs_give_the_same_bytes(model: Path, tmp_path: Path) -> None:

@@ -89,6 +89,17 @@ def test_tuning_brings_the_model_nearer_to_the_original_on_text_that_it_has_not_
     assert divergence(model, run(model, tmp_path / "tuned", tuner)) < share * before
 
 
+@pytest.mark.parametrize("tuner", [SCALES, QAT_STAGE, QLORA])
+def test_products_in_bfloat16_teach_about_as_much(model: Path, tmp_path: Path, tuner: dict[str, Any]) -> None:
+    before = divergence(model, run(model, tmp_path / "rtn"))
+    exact, rough = (
+        before - divergence(model, run(model, tmp_path / precision, tuner | {"precision": precision}))
+        for precision in ("float32", "bfloat16")
+    )
+    assert rough > 0.8 * exact > 0
+    assert files(tmp_path / "float32")["model.safetensors"] != files(tmp_path / "bfloat16")["model.safetensors"]
+
+
 @pytest.mark.parametrize("base", [RTN | {"symmetric": False}, RTN | {"head": {"bits": 4, "group_size": 32}}])
 @pytest.mark.parametrize("tuner", METHODS)
 def test_tuners_take_zero_points_and_packed_embeddings(
