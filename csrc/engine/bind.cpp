@@ -474,7 +474,7 @@ void sample_rows(Array<const float, 2> logits, Array<const double, 1> temperatur
   }
   checked(threads);
   nb::gil_scoped_release release;
-  Team::instance().run(std::min(threads, int(std::min<size_t>(rows, 1024))), [&](Rank& rank) {
+  Team::instance().run(std::min(threads, int(std::min<size_t>(rows, 1024))), Work::few_tokens, [&](Rank& rank) {
     static thread_local Drawer drawer;
     rank.share(rows, 1, false, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {

@@ -80,7 +80,9 @@ void leave_core(int core) {
 
 }  // namespace
 
-Team::Team() : penalty_(shortest_penalty) {}
+Team::Team() {
+  for (Conduct& conduct : conduct_) conduct.penalty = shortest_penalty;
+}
 
 Team& Team::instance() {
   // Never destroyed: its threads live as long as the process. A forked child starts over with a team of its own.
@@ -143,7 +145,9 @@ void Team::work(Worker* worker, int id) {
   }
 }
 
-int Team::allowed(int threads) const { return Clock::now() < alone_until_ ? std::max(1, threads / 2) : threads; }
+int Team::allowed(int threads, const Conduct& conduct) {
+  return Clock::now() < conduct.alone_until ? std::max(1, threads / 2) : threads;
+}
 
 void Team::report(const Rank& rank) {
   const int64_t waited = rank.waited_.count();
@@ -152,20 +156,20 @@ void Team::report(const Rank& rank) {
   }
 }
 
-void Team::judge(int threads, std::chrono::nanoseconds took) {
+void Team::judge(int threads, Conduct& conduct, std::chrono::nanoseconds took) {
   const std::chrono::nanoseconds waited(waited_.exchange(0, std::memory_order_relaxed));
   const int part = took > long_step ? long_hold_up_part : hold_up_part;
   if (waited > hold_up && part * waited > took) {
-    if (++strikes_ < 2) return;  // once may be chance
-    alone_until_ = Clock::now() + penalty_;
-    penalty_ = std::min(2 * penalty_, longest_penalty);
+    if (++conduct.strikes < 2) return;  // once may be chance
+    conduct.alone_until = Clock::now() + conduct.penalty;
+    conduct.penalty = std::min(2 * conduct.penalty, longest_penalty);
   } else if (threads == size_) {
-    penalty_ = std::max(penalty_ - penalty_ / 64, shortest_penalty);
-    if (penalty_ == shortest_penalty) strikes_ = 0;
+    conduct.penalty = std::max(conduct.penalty - conduct.penalty / 64, shortest_penalty);
+    if (conduct.penalty == shortest_penalty) conduct.strikes = 0;
   }
 }
 
-void Team::run_function(int threads, Function function, const void* body) {
+void Team::run_function(int threads, Work work, Function function, const void* body) {
   const std::unique_lock lock(busy_, std::try_to_lock);
   if (!lock || threads <= 1) {  // another thread has the team: work alone
     Rank alone(*this, 0, 1);
@@ -173,7 +177,8 @@ void Team::run_function(int threads, Function function, const void* body) {
     return;
   }
   const auto began = Clock::now();
-  size_ = 1 + grow(allowed(threads) - 1);
+  Conduct& conduct = conduct_[int(work)];
+  size_ = 1 + grow(allowed(threads, conduct) - 1);
   last_ = size_;
   function_ = function;
   body_ = body;
@@ -188,7 +193,7 @@ void Team::run_function(int threads, Function function, const void* body) {
   function(body, rank);
   rank.barrier();
   report(rank);
-  judge(threads, Clock::now() - began);
+  judge(threads, conduct, Clock::now() - began);
 }
 
 }  // namespace gossamer

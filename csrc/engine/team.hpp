@@ -1,6 +1,6 @@
 // Threads that run one step of the engine together: all of them execute the same function, and barriers divide its
 // phases. The caller is one of them. Where another process competes for the cores, a step that was held up at a
-// barrier makes the following ones run on fewer threads for a while.
+// barrier makes the following ones of its kind run on fewer threads for a while.
 #pragma once
 
 #include <atomic>
@@ -13,6 +13,10 @@
 namespace gossamer {
 
 class Team;
+
+// What a step spends its time on. Steps of the two kinds are judged apart: a few tokens wait for memory, which a single
+// thread reads not much more slowly, while many tokens multiply, which it does at half the speed of two.
+enum class Work { few_tokens, many_tokens };
 
 // One thread's view of the step.
 class Rank {
@@ -54,9 +58,9 @@ class Team {
 
   // Runs body(Rank&) on up to `threads` threads and returns when all are done. `body` must not throw.
   template <class Body>
-  void run(int threads, const Body& body) {
+  void run(int threads, Work work, const Body& body) {
     run_function(
-        threads, [](const void* b, Rank& rank) { (*static_cast<const Body*>(b))(rank); }, &body);
+        threads, work, [](const void* b, Rank& rank) { (*static_cast<const Body*>(b))(rank); }, &body);
   }
 
   int last_threads() const { return last_; }  // of the last step
@@ -68,21 +72,27 @@ class Team {
     std::atomic<int> posted{0};
   };
 
-  void run_function(int threads, Function, const void* body);
+  // How steps of a kind have gone.
+  struct Conduct {
+    int strikes = 0;
+    std::chrono::steady_clock::time_point alone_until{};
+    std::chrono::microseconds penalty;
+  };
+
+  void run_function(int threads, Work, Function, const void* body);
   int grow(int wanted);
   void work(Worker*, int id);
-  int allowed(int threads) const;
+  static int allowed(int threads, const Conduct&);
   void report(const Rank&);
-  void judge(int threads, std::chrono::nanoseconds took);
+  void judge(int threads, Conduct&, std::chrono::nanoseconds took);
 
   std::mutex busy_;
   std::vector<std::unique_ptr<Worker>> workers_;
   Function function_ = nullptr;
   const void* body_ = nullptr;
-  int size_ = 1, step_ = 0, last_ = 1, strikes_ = 0;
+  int size_ = 1, step_ = 0, last_ = 1;
   int caller_core_ = -1;  // where this step was begun
-  std::chrono::steady_clock::time_point alone_until_{};
-  std::chrono::microseconds penalty_;
+  Conduct conduct_[2];  // by Work
   alignas(64) std::atomic<int> arrived_{0};
   alignas(64) std::atomic<int> generation_{0};
   alignas(64) std::atomic<int64_t> waited_{0};  // nanoseconds, by the thread that waited longest in this step
