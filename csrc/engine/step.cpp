@@ -11,8 +11,6 @@ namespace {
 // Tokens of context whose results are made apart and merged in order: the same parts whatever else is in the batch and
 // whoever computes them, so that a token's result does not depend on either. A multiple of ChunkTokens.
 constexpr int64_t part_tokens = 256;
-// Of a step, from which on it is products that it spends its time on, and not reading weights.
-constexpr int64_t many_tokens = 24;
 
 float capped(float x, float cap) { return cap * std::tanh(x / cap); }
 
@@ -159,7 +157,7 @@ void Model::execute(Run& run) {
   } else {
     run.rows.get(rows * run.stride);
   }
-  Team::instance().run(threads, rows < many_tokens ? Work::few_tokens : Work::many_tokens, [&](Rank& rank) {
+  Team::instance().run(threads, run.evenly(rows) ? Work::few_tokens : Work::many_tokens, [&](Rank& rank) {
     if (steps) blocks_of(run, rank);
     if (run.what != Run::hidden) finish(run, rank);
   });
