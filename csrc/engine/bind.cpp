@@ -573,6 +573,7 @@ void bind_engine(nb::module_& m) {
       .def("allocate",
            [](Model& model, int64_t blocks, const std::string& kind) { model.allocate(blocks, kv_kind(kind)); },
            nb::arg("blocks"), nb::arg("kind"))
+      .def("touch", &Model::touch, nb::arg("threads"), nb::call_guard<nb::gil_scoped_release>())
       .def("phase_seconds",
            [](Model& model) {
              const std::vector<double> seconds = model.phase_seconds();

@@ -177,6 +177,20 @@ void Model::allocate(int64_t blocks, KvKind kind) {
   blocks_ = blocks;
 }
 
+void Model::touch(int threads) {
+  constexpr size_t piece = size_t(1) << 21, page = 4096;
+  const std::scoped_lock lock(mutex_);
+  const int64_t pieces = int64_t((pages_.size + piece - 1) / piece);
+  Team::instance().run(threads, Work::many_tokens, [&](Rank& rank) {
+    rank.share(pieces, 1, false, [&](int64_t begin, int64_t end) {
+      for (size_t at = size_t(begin) * piece; at < std::min(size_t(end) * piece, pages_.size); at += page) {
+        volatile uint8_t* byte = pages_.data + at;
+        *byte = *byte;
+      }
+    });
+  });
+}
+
 void Model::check(const Step& s) const {
   require(!layers_.empty(), "the model has no layers");
   require(blocks_ > 0, "the KV cache has not been allocated");

@@ -86,6 +86,7 @@ class Model {
   // which begins with that of the one that leads.
   void share_with(Sum sum, bool leads);
   void allocate(int64_t blocks, KvKind kind);  // throws std::bad_alloc; what was cached is lost
+  void touch(int threads);  // backs the cache by memory now, and not when it is first written to; loses nothing
   int64_t blocks() const { return blocks_; }
   int64_t block_bytes() const;
 
@@ -128,7 +129,7 @@ class Model {
   void project(Run&, Rank&, const Layer&);
   void rotate_and_cache(Run&, Rank&, const Layer&, uint8_t* pages);
   void attend(Run&, Rank&, const Layer&, const Plan&, uint8_t* pages);
-  void attend_unit(Run&, Rank&, const Layer&, const Unit&, uint8_t* pages);
+  void attend_unit(Run&, Rank&, const Layer&, const Unit&, const Unit* next, uint8_t* pages);
   void finish_unit(Run&, const Layer&, const Unit&, const float* partial) const;
   void add(Run&, Rank&, const Weight&, const Floats& bias, const NormWeights&, const Input&, int preparing,
            int multiplying);

@@ -127,6 +127,12 @@ struct Epilogue {
 };
 
 // Rows of queries that share one key-value head of one sequence.
+// Pages of a chunk of context that will be looked at soon, and are asked for until then.
+struct Coming {
+  const uint8_t* page[ChunkTokens / PageTokens];
+  int count;
+};
+
 struct Attend {
   const float* q;         // [tokens, q_stride], `group` heads from q on; rotated, times log2(e) and the scale of scores
   int64_t q_stride;
@@ -143,6 +149,7 @@ struct Attend {
   int64_t window;         // tokens that a token sees, itself included; 0: all before it
   float softcap;          // bound of scores times log2(e); 0: none
   const float* slopes;    // [group] ALiBi, times log2(e); null: none
+  Coming after;           // what the same thread attends to next
 };
 inline int64_t scratch_floats(int64_t head_dim) {
   return MaxQueryRows * (ChunkTokens + 2 * head_dim + 4);

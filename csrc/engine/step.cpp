@@ -264,9 +264,26 @@ void Model::finish_unit(Run& run, const Layer& layer, const Unit& unit, const fl
 }
 
 // The parts of one unit, merged in order as they come.
-void Model::attend_unit(Run& run, Rank& rank, const Layer& layer, const Unit& unit, uint8_t* pages) {
+// The first tokens of context that a unit looks at: whole parts that none of its tokens sees are left out.
+static int64_t context_begin(const auto& unit, int64_t window) {
+  int64_t from = unit.begin;
+  while (window && from + part_tokens <= unit.position - window + 1 && from + part_tokens < unit.end)
+    from += part_tokens;
+  return from;
+}
+
+void Model::attend_unit(Run& run, Rank& rank, const Layer& layer, const Unit& unit, const Unit* next, uint8_t* pages) {
   const Step& s = *run.step;
   const int64_t dim = shape.head_dim, page = page_bytes(kv_kind_, dim), partial_size = partial_floats_of(dim);
+  auto table_of = [&](const Unit& unit) { return s.tables + unit.sequence * s.table_width; };
+  auto pages_of = [&](const Unit& unit, int64_t from) {
+    Coming chunk;
+    const int64_t end = std::min(unit.end, from + ChunkTokens);
+    chunk.count = int((end - from + PageTokens - 1) / PageTokens);
+    for (int n = 0; n < chunk.count; ++n)
+      chunk.page[n] = pages + (table_of(unit)[from / PageTokens + n] * layer.w.kv_heads + unit.kv_head) * page;
+    return chunk;
+  };
   Attend a{};
   a.q = run.qkv.data() + unit.first * run.qkv_stride + layer.q_at + unit.kv_head * layer.group * dim;
   a.q_stride = run.qkv_stride;
@@ -276,7 +293,7 @@ void Model::attend_unit(Run& run, Rank& rank, const Layer& layer, const Unit& un
   a.kind = kv_kind_;
   a.pages = pages + unit.kv_head * page;
   a.block_stride = layer.w.kv_heads * page;
-  a.table = s.tables + unit.sequence * s.table_width;
+  a.table = table_of(unit);
   a.position = unit.position;
   a.scratch = run.scratch[rank.id]->data();
   a.window = layer.w.window;
@@ -284,12 +301,13 @@ void Model::attend_unit(Run& run, Rank& rank, const Layer& layer, const Unit& un
   a.slopes = layer.w.slopes.empty() ? nullptr : layer.w.slopes.data() + unit.kv_head * layer.group;
   float* own = a.scratch + scratch_floats(dim);  // two partial results
   float* into = unit.partial < 0 ? own : run.partial.data() + int64_t(unit.partial) * partial_size;
-  int64_t from = unit.begin;  // whole parts that no token of the unit sees are left out
-  while (a.window && from + part_tokens <= a.position - a.window + 1 && from + part_tokens < unit.end)
-    from += part_tokens;
+  const int64_t from = context_begin(unit, a.window);
   for (a.begin = from; a.begin < unit.end; a.begin = a.end) {
     a.end = std::min(unit.end, a.begin + part_tokens);
     a.partial = a.begin == from ? into : own + partial_size;
+    a.after.count = 0;
+    if (a.end < unit.end) a.after = pages_of(unit, a.end);
+    else if (next) a.after = pages_of(*next, context_begin(*next, a.window));
     run.ops->attend(a);
     if (a.begin > from) run.ops->merge(into, a.partial, int(unit.tokens * layer.group), dim);
   }
@@ -299,8 +317,9 @@ void Model::attend_unit(Run& run, Rank& rank, const Layer& layer, const Unit& un
 void Model::attend(Run& run, Rank& rank, const Layer& layer, const Plan& plan, uint8_t* pages) {
   const int64_t dim = shape.head_dim, partial_size = partial_floats_of(dim);
   const bool evenly = run.evenly(run.tokens()) && plan.units.size() < 8;
-  rank.share(int64_t(plan.units.size()), 1, evenly, [&](int64_t begin, int64_t end) {
-    for (int64_t u = begin; u < end; ++u) attend_unit(run, rank, layer, plan.units[u], pages);
+  const int64_t units = int64_t(plan.units.size());
+  rank.share_ahead(units, evenly, [&](int64_t unit, int64_t next) {
+    attend_unit(run, rank, layer, plan.units[unit], next < units ? &plan.units[next] : nullptr, pages);
   });
   rank.barrier();
   if (plan.split.empty()) return;

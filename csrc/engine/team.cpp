@@ -3,6 +3,8 @@
 #include <pthread.h>
 #if defined(__linux__)
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #include <algorithm>
@@ -26,6 +28,8 @@ constexpr int hold_up_part = 5;
 // A long step hands out its work in pieces: who has only half a core does fewer of them, and that is still a gain.
 constexpr auto long_step = microseconds(8'000);
 constexpr int long_hold_up_part = 2;
+// A turn on a core, where others want it too: shorter than most phases.
+constexpr uint64_t turn_nanoseconds = 100'000;
 constexpr auto shortest_penalty = microseconds(20'000), longest_penalty = microseconds(1'000'000);
 
 inline void pause_core() {
@@ -75,6 +79,26 @@ void leave_core(int core) {
   sched_setaffinity(0, sizeof allowed, &allowed);
 #else
   (void)core;
+#endif
+}
+
+// Asks the system for short turns of this thread, once; it gets no larger a share of its core by that. Threads that meet
+// at barriers lose twice when one of them waits for its core, because the others wait for it. Turns that are shorter
+// than a phase are evened out by handing out work in pieces; the usual 3 ms are as long as ten phases.
+void take_short_turns() {
+#if defined(__linux__) && defined(SYS_sched_setattr)
+  struct {  // struct sched_attr of linux/sched/types.h
+    uint32_t size, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime, deadline, period;
+  } attributes{};
+  thread_local bool asked = false;
+  if (std::exchange(asked, true) || syscall(SYS_sched_getattr, 0, &attributes, sizeof attributes, 0) != 0) return;
+  if (attributes.policy != SCHED_OTHER && attributes.policy != SCHED_BATCH) return;
+  attributes.runtime = turn_nanoseconds;  // Linux before 6.12 does not look at it
+  syscall(SYS_sched_setattr, 0, &attributes, 0);
 #endif
 }
 
@@ -135,6 +159,7 @@ int Team::grow(int wanted) {
 }
 
 void Team::work(Worker* worker, int id) {
+  take_short_turns();
   for (int seen = 0;;) {
     seen = wait_change(worker->posted, seen, spin_between_steps);
     if (this_core() == caller_core_) leave_core(caller_core_);
@@ -176,6 +201,7 @@ void Team::run_function(int threads, Work work, Function function, const void* b
     function(body, alone);
     return;
   }
+  take_short_turns();
   const auto began = Clock::now();
   Conduct& conduct = conduct_[int(work)];
   size_ = 1 + grow(allowed(threads, conduct) - 1);

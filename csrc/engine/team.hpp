@@ -3,6 +3,7 @@
 // barrier makes the following ones of its kind run on fewer threads for a while.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -40,6 +41,22 @@ class Rank {
     for (int64_t unit; (unit = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
       const int64_t end = (unit + 1) * grain;
       body(unit * grain, end < total ? end : total);
+    }
+  }
+
+  // The same one by one, as body(unit, next): `next` is what this thread does then, or `total`.
+  template <class Body>
+  void share_ahead(int64_t total, bool evenly, const Body& body) {
+    if (evenly || count == 1) {
+      const int64_t end = total * (id + 1) / count;
+      for (int64_t unit = total * id / count; unit < end; ++unit) body(unit, unit + 1 < end ? unit + 1 : total);
+      return;
+    }
+    std::atomic<int64_t>& free = claims(phase_++);
+    auto claim = [&] { return std::min(free.fetch_add(1, std::memory_order_relaxed), total); };
+    for (int64_t unit = claim(), next; unit < total; unit = next) {
+      next = claim();
+      body(unit, next);
     }
   }
 

@@ -124,6 +124,9 @@ class Backend(abc.ABC):
         What is cached may be lost. Raises DoesNotFit before anything is allocated, with everything as it was.
         """
 
+    def touch(self) -> None:  # noqa: B027 - where memory is not given page by page there is nothing to do
+        """Have the memory of the reserved blocks given by the system now, and not in the steps that first write it."""
+
     @abc.abstractmethod
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states float32 [R, hidden_size] before the final norm, of the tokens in `logit_rows`."""

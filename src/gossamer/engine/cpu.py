@@ -102,6 +102,9 @@ class CpuBackend(Backend):
         )
         self._model.allocate(max(num_blocks, 1), "f32" if self.kv_dtype == "fp32" else self.kv_dtype)
 
+    def touch(self) -> None:
+        self._model.touch(self._threads())
+
     def forward(self, batch: Batch) -> Tensor:
         out = np.empty((len(batch.logit_rows), self.config.vocab_size), np.float32)
         self._step("logits", batch, out)

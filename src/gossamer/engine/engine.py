@@ -144,6 +144,13 @@ class Engine:
             self._leave(sequence)
         self._requests.pop(request_id, None)
 
+    def settle(self) -> None:
+        """Take KV memory that was asked for by number now: that there is too little of it shows before any request,
+        and no step waits for the system to give it. Raises DoesNotFit."""
+        if self.options.kv_memory is not None and not self.has_work:
+            self._begin()
+            self.backend.touch()
+
     def step(self) -> list[Output]:
         """Compute one step; what it gave to each sequence. Raises what the backend raises."""
         if self.speculator is not None:

@@ -151,7 +151,9 @@ def load(
     asked = EngineOptions(**options)
     if asked.kv_memory is None and models > 1:
         asked = replace(asked, kv_memory=_share(model, asked, choice, models))
-    return build_engine(model, asked, draft=draft, **choice)
+    engine = build_engine(model, asked, draft=draft, **choice)
+    engine.settle()
+    return engine
 
 
 def _share(model: str, options: EngineOptions, choice: dict[str, Any], models: int) -> int:

@@ -7,6 +7,13 @@ largest; int8 activations 7 bits of a block.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
+import struct
+import sys
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -232,6 +239,49 @@ def test_ten_thousand_steps_leave_memory_as_it_was(tiny_model) -> None:
 
     before = run(500)
     assert run(10_000) - before < 4 << 20
+
+
+def test_touching_takes_the_cache_s_memory_and_loses_nothing(folder) -> None:
+    import psutil
+
+    backend = CpuBackend(open_checkpoint(folder), kv_dtype="fp32", threads=2)
+    backend.reserve(int((64 << 20) // (backend.kv_bytes_per_token * BLOCK_SIZE)))
+    backend.forward(_one(np.arange(3, 40, dtype=np.int32), 37))
+    step = _one(np.array([5], np.int32), 38)
+    expected, before = backend.forward(step), psutil.Process().memory_info().rss
+    backend.touch()
+    assert psutil.Process().memory_info().rss - before > 48 << 20  # but for what the two steps took
+    assert torch.equal(backend.forward(step), expected)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="threads take turns of their own length on Linux")
+def test_threads_of_a_step_take_short_turns_and_keep_their_priority(folder) -> None:
+    if _turn(0)[1] == 0:
+        pytest.skip("this Linux has one length of turns for all threads")
+    backend = CpuBackend(open_checkpoint(folder), threads=3)
+    backend.reserve(4)
+    found: list[dict[int, tuple[int, int]]] = []
+
+    def step() -> None:
+        backend.forward(_one(np.arange(3, 40, dtype=np.int32), 37))
+        found.append({int(task): _turn(int(task)) for task in os.listdir("/proc/self/task")})
+
+    caller = threading.Thread(target=step)
+    caller.start()
+    caller.join()
+    short = [task for task, (_, turn) in found[0].items() if turn == 100_000]
+    assert caller.native_id in short
+    assert len(short) >= 3  # with the team's own two
+    assert {found[0][task][0] for task in short} == {os.getpriority(os.PRIO_PROCESS, 0)}
+
+
+def _turn(task: int) -> tuple[int, int]:
+    """A thread's nice value, and nanoseconds for which it may keep a core that others want."""
+    attributes = ctypes.create_string_buffer(48)
+    getattr_number = 315 if platform.machine() == "x86_64" else 275
+    assert ctypes.CDLL(None).syscall(getattr_number, task, attributes, 48, 0) == 0
+    _, _, _, nice, _, turn, _, _ = struct.unpack("IIQiIQQQ", attributes.raw)
+    return nice, turn
 
 
 def _one(tokens: np.ndarray, context: int) -> Batch:
