@@ -29,8 +29,8 @@ PLAIN_EVERY = 24
 """While drafts are made, one step in so many goes without: what is gained is measured, not remembered."""
 TRIAL_STEPS, TRIAL_DRAFTS = 3, 2
 """While they are off, they are tried for so many steps; the first of them catches up and says little."""
-SHORTEST_PAUSE = 48
-"""Steps between two trials, at least."""
+SHORTEST_PAUSE, LOOK_EVERY = 48, 16
+"""Steps between two trials, at least; and while they are off, between two looks at whether that is right still."""
 TRIAL_SHARE = 0.01
 """Of the time: what trials may take, so that a trial that takes long comes rarely."""
 
@@ -178,11 +178,16 @@ class Speculator:
         self, pieces: Many[Piece], outputs: Many[Output], drafts: Mapping[Sequence, int], seconds: float
     ) -> None:
         """Learn from a step: how many drafts each sequence had, what came of them, and how long it took."""
+        made = sum(drafts.values())
+        if made:
+            self._judge(outputs, drafts)
+        if all(piece.count == 1 for piece in pieces):
+            self._measure(len(pieces), len(pieces) + made, sum(len(o.tokens) for o in outputs), seconds)
+
+    def _judge(self, outputs: Many[Output], drafts: Mapping[Sequence, int]) -> None:
+        """Learn how many of each sequence's drafts were right."""
         told = {(o.request_id, o.choice): o for o in outputs}
-        fed = 0
-        for piece in pieces:
-            sequence, made = piece.sequence, drafts.get(piece.sequence, 0)
-            fed += 1 + made
+        for sequence, made in drafts.items():
             if made:
                 output = told[sequence.request_id, sequence.choice]
                 right = max(0, len(output.tokens) - 1)
@@ -192,16 +197,13 @@ class Speculator:
                 self._overall.note(right, trials)
                 if output.finish_reason is None:  # else it was forgotten already
                     self._rates.setdefault(sequence, Rate(self._overall.hits, self._overall.trials)).note(right, trials)
-        if all(piece.count == 1 for piece in pieces):
-            self._measure(len(pieces), fed, sum(len(o.tokens) for o in outputs), seconds)
 
     def _measure(self, size: int, fed: int, tokens: int, seconds: float) -> None:
         """Take in a step of `size` sequences that did nothing but decode: tokens that it read and gave."""
         self._costs.note(fed, seconds)
-        plain = self._costs.of(size)
         if fed == size:
             self._paused_seconds += seconds
-        elif plain:
+        elif plain := self._costs.of(size):
             self._gain.note(tokens / size, (seconds + self._drafting) / plain)
 
     def forget(self, sequence: Sequence) -> None:
@@ -245,7 +247,8 @@ class Speculator:
             self._trial_left -= 1
             return min(TRIAL_DRAFTS, self.most)
         self._paused += 1
-        if self._paused >= SHORTEST_PAUSE and TRIAL_SHARE * self._paused_seconds >= self._trial_price(decoding):
+        looks = self._paused >= SHORTEST_PAUSE and self._paused % LOOK_EVERY == 0
+        if looks and TRIAL_SHARE * self._paused_seconds >= self._trial_price(decoding):
             self._paused, self._paused_seconds = 0, 0.0
             self._trial_left = TRIAL_STEPS
             self._gain.doubt()
