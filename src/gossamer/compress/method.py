@@ -253,7 +253,7 @@ class Method(abc.ABC):
     @property
     def sequences(self) -> int | None:
         """How many of the calibration's sequences, the first ones, it is given; None: all."""
-        return None
+        return getattr(self.options, "sequences", None)
 
     @classmethod
     @abc.abstractmethod
@@ -285,10 +285,6 @@ class GridMethod(WeightMethod):
     @classmethod
     def options_class(cls) -> type[QuantizeOptions]:
         return cls.Options
-
-    @property
-    def sequences(self) -> int | None:
-        return self.options.sequences
 
     def formats(self, config: ModelConfig, before: Mapping[str, Format]) -> dict[str, Format]:
         """The grids of the options, inside of whatever form the weights have. Raises RecipeError."""

@@ -198,11 +198,11 @@ class _Run:
             return Units(folder, journal, Source(view), plan, len(part.tuners))
 
         units = units_over(part.view(given))
+        read = None if tokens is None else tokens[: part.main.sequences]
         if isinstance(part.main, Reducer):
-            view, teacher = self._reduced(part.main, units, tokens, teacher)
+            view, teacher = self._reduced(part.main, units, read, teacher)
             units = units_over(view)
         else:
-            read = None if tokens is None else tokens[: part.main.sequences]
             make_units(units, part.main, read, self.progress, seed, teacher, self._elsewhere(units, part, given))
         for stage, tuner in enumerate(part.tuners):
             if not units.is_done(units.tuned[stage]):

@@ -18,7 +18,7 @@ from ..formats import Dense, Format, Kind, LowRank
 from ..model import FAMILIES, ModelConfig, tensor_names
 from .factorize.allocation import open_allocation
 from .grids import linear_shapes
-from .method import BlockMethod, GridMethod, LayerMethod, Needs, Quantizer, Reducer, WeightMethod
+from .method import BlockMethod, GridMethod, LayerMethod, Method, Needs, Quantizer, Reducer, WeightMethod
 from .recipe import CalibrationSpec, Part, Recipe
 from .sensitivity import measuring_bytes, open_budget, presumed
 from .walk import POSITIONS_AT_ONCE, TOKENS_AT_ONCE
@@ -82,9 +82,10 @@ def make_plan(config: ModelConfig, recipe: Recipe, dense: torch.dtype, sampling_
                 config = transform.expect(config)
             scratch += made.output_bytes  # it lies on disk until the end
         if isinstance(part.main, Reducer):
-            phases[part.main.name] = BASE_BYTES + part.main.peak_bytes(config, text.sequences, text.length)
+            read = _read(text, part.main)
+            phases[part.main.name] = BASE_BYTES + part.main.peak_bytes(config, read.sequences, read.length)
             if part.main.needs is Needs.GRADIENT:
-                phases["gradients"] = _gradient_peak(config, text)
+                phases["gradients"] = _gradient_peak(config, read)
             config = part.main.expect(config)
         made = plan_part(config, {} if made is None else made.formats, part, text, dense)
         phases |= {name: max(peak, phases.get(name, 0)) for name, peak in made.phases.items()}
@@ -129,7 +130,7 @@ def plan_part(
     kinds: dict[str, Kind] = {m: "embedding" if m == family.embed else "linear" for m in formats}
     sizes = _stored_bytes(config, formats, dense)
     ends = [m for m in (family.embed, family.head) if m in stored]
-    read = text.model_copy(update={"sequences": min(text.sequences, part.main.sequences or text.sequences)})
+    read = _read(text, part.main)
     phases = {}
     if isinstance(part.main, WeightMethod):
         phase = "quantizing" if isinstance(part.main, GridMethod) else part.main.name
@@ -250,6 +251,11 @@ def _walk_peak(config: ModelConfig, i: int, text: CalibrationSpec, gradient: boo
 def _step_bytes(config: ModelConfig, i: int, text: CalibrationSpec) -> int:
     """Temporaries of a step through a block; a sequence is never split."""
     return 4 * max(TOKENS_AT_ONCE, text.length) * 4 * max(config.layers[i].ffn_width, config.hidden_size)
+
+
+def _read(text: CalibrationSpec, method: Method) -> CalibrationSpec:
+    """As much of the text as a method is given."""
+    return text.model_copy(update={"sequences": min(text.sequences, method.sequences or text.sequences)})
 
 
 def _gradient_peak(config: ModelConfig, text: CalibrationSpec) -> int:

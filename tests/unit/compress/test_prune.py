@@ -470,6 +470,14 @@ def test_the_plan_says_how_small_the_model_gets(tmp_path: Path) -> None:
         assert plan.peak_bytes > plan.output_bytes
 
 
+@pytest.mark.parametrize("method", ["flap", "llm-pruner", "depth"])
+def test_the_plan_counts_the_text_that_is_read(tmp_path: Path, method: str) -> None:
+    config = open_checkpoint(make_model(tmp_path / "model")).config
+    stages = [{"method": method, "ratio": 0.34, "sequences": count} for count in (None, 2)]
+    everything, few = (make_plan(config, recipe(stage), torch.float32).phases for stage in stages)
+    assert few[method] < everything[method]
+
+
 def test_recorded_calibration_is_the_tokens(tmp_path: Path) -> None:
     prune(make_model(tmp_path / "model"), tmp_path / "out", {"method": "flap"})
     manifest = json.loads((tmp_path / "out" / "gossamer.json").read_text())

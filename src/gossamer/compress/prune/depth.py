@@ -77,7 +77,7 @@ class Depth(Reducer):
         count = self._count(units.source.config)
         if self.options.greedy:
             return {"layers": _greedy(units, tokens, self.options.tokens, count, progress)}
-        scores = influence(units.source, tokens[: self.options.sequences], progress)
+        scores = influence(units.source, tokens, progress)
         kept = scores.argsort(descending=True, stable=True)[:count].sort().values
         return {"layers": kept.int(), "influence": scores}
 

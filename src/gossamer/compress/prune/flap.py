@@ -66,7 +66,7 @@ class FLAP(Reducer):
         config, hidden = source.config, source.config.hidden_size
         if options.uniform:
             require_alike(config, self.name)
-        x, rotation = source.embed(tokens[: options.sequences]), source.rotation(tokens.shape[1])
+        x, rotation = source.embed(tokens), source.rotation(tokens.shape[1])
         pieces, moments = [], []
         for i, layer in enumerate(config.layers):
             progress("measuring fluctuation", i, config.num_layers)

@@ -81,7 +81,7 @@ class LLMPruner(Reducer):
         hidden, (ratio, pruned) = config.hidden_size, self._ratio(config)
         if options.uniform:
             require_alike(config, self.name)
-        measure(units, tokens[: options.sequences], progress, Salience)
+        measure(units, tokens, progress, Salience)
         kept = []
         for i in pruned:
             layer, file = config.layers[i], units.open(gradient_unit(i))

@@ -60,7 +60,7 @@ class WandaSP(Reducer):
         config, hidden = source.config, source.config.hidden_size
         if options.uniform:
             require_alike(config, self.name)
-        x, rotation = source.embed(tokens[: options.sequences]), source.rotation(tokens.shape[1])
+        x, rotation = source.embed(tokens), source.rotation(tokens.shape[1])
         kept = []
         for i, layer in enumerate(config.layers):
             progress("scoring heads and channels", i, config.num_layers)
