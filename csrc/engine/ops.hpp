@@ -151,6 +151,16 @@ struct Attend {
   const float* slopes;    // [group] ALiBi, times log2(e); null: none
   Coming after;           // what the same thread attends to next
 };
+// The pages of the chunk from `start` on, of a context of `end` tokens. Static: a file that is compiled for one
+// instruction set must not have its copy run by another.
+static inline Coming chunk_pages(const uint8_t* pages, int64_t block_stride, const int32_t* table, int64_t start,
+                                 int64_t end) {
+  Coming chunk;
+  if (end > start + ChunkTokens) end = start + ChunkTokens;
+  chunk.count = int((end - start + PageTokens - 1) / PageTokens);
+  for (int n = 0; n < chunk.count; ++n) chunk.page[n] = pages + table[start / PageTokens + n] * block_stride;
+  return chunk;
+}
 inline int64_t scratch_floats(int64_t head_dim) {
   return MaxQueryRows * (ChunkTokens + 2 * head_dim + 4);
 }

@@ -277,12 +277,7 @@ void Model::attend_unit(Run& run, Rank& rank, const Layer& layer, const Unit& un
   const int64_t dim = shape.head_dim, page = page_bytes(kv_kind_, dim), partial_size = partial_floats_of(dim);
   auto table_of = [&](const Unit& unit) { return s.tables + unit.sequence * s.table_width; };
   auto pages_of = [&](const Unit& unit, int64_t from) {
-    Coming chunk;
-    const int64_t end = std::min(unit.end, from + ChunkTokens);
-    chunk.count = int((end - from + PageTokens - 1) / PageTokens);
-    for (int n = 0; n < chunk.count; ++n)
-      chunk.page[n] = pages + (table_of(unit)[from / PageTokens + n] * layer.w.kv_heads + unit.kv_head) * page;
-    return chunk;
+    return chunk_pages(pages + unit.kv_head * page, layer.w.kv_heads * page, table_of(unit), from, unit.end);
   };
   Attend a{};
   a.q = run.qkv.data() + unit.first * run.qkv_stride + layer.q_at + unit.kv_head * layer.group * dim;
