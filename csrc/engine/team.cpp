@@ -84,7 +84,7 @@ void leave_core(int core) {
 
 // Asks the system for short turns of this thread, once; it gets no larger a share of its core by that. Threads that meet
 // at barriers lose twice when one of them waits for its core, because the others wait for it. Turns that are shorter
-// than a phase are evened out by handing out work in pieces; the usual 3 ms are as long as ten phases.
+// than a phase are evened out by handing out work in pieces; the usual ones, of milliseconds, last many phases.
 void take_short_turns() {
 #if defined(__linux__) && defined(SYS_sched_setattr)
   struct {  // struct sched_attr of linux/sched/types.h
