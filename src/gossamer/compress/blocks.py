@@ -19,14 +19,18 @@ from ..model.decoder import Rotation
 from .elsewhere import Elsewhere
 from .factorize.quantized import quantize_factors
 from .gradients import gradient_unit, measure
-from .method import BlockMethod, LayerMethod, Needs, Quantizer, WeightMethod
+from .method import BlockMethod, GridMethod, LayerMethod, Needs, Quantizer, WeightMethod
 from .oneblock import OneBlock, check_finite, layer_note, named_tensors, naming
 from .source import Source
 from .units import Units, block_unit
-from .walk import advance, walk
+from .walk import advance, hessian, slices, walk
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)"""
+TOKENS_PER_COLUMN = 16
+"""So many of them give the Hessian of a head's inputs."""
+TIED_SHARE = 0.3
+"""Of the mean of that Hessian's diagonal: so much is added to the diagonal for the rows of a tied embedding."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class _Maker:
         self.one, self.elsewhere = OneBlock(units.source, units.plan, method, seed), elsewhere
 
     def run(self, tokens: Tensor | None) -> None:
-        self._ends()
+        self._ends(tokens)
         if self.method.needs is Needs.NOTHING:
             self._blocks_alone()
             return
@@ -102,12 +106,34 @@ class _Maker:
     def _todo(self) -> list[int]:
         return [i for i in range(self.config.num_layers) if not self.units.is_done(block_unit(i))]
 
-    def _ends(self) -> None:
+    def _ends(self, tokens: Tensor | None) -> None:
         """Embedding and untied head, if the method stores them."""
+        read = self.family.embed if self.config.tie_embeddings else self.family.head
+        by_inputs = tokens is not None and isinstance(self.method, GridMethod) and self.method.ends is not None
         for module in (self.family.embed, self.family.head):
             if module in self.units.plan.stored and not self.units.is_done(module):
                 role = "embed" if module == self.family.embed else "head"
-                self.units.write(module, *self.one.end(role, module))
+                inputs = self._head_hessian(tokens) if by_inputs and module == read else None
+                self.units.write(module, *self.one.end(role, module, inputs))
+
+    @torch.no_grad()
+    def _head_hessian(self, tokens: Tensor | None) -> Tensor:
+        """Sum of X^T X [hidden, hidden] over what the head reads in the float model, on as many tokens as that takes.
+
+        A tied head is the embedding, too, whose rows count as they are: some of the identity stands for that.
+        """
+        assert tokens is not None
+        enough = -(-TOKENS_PER_COLUMN * self.config.hidden_size // tokens.shape[1])
+        x, count = self.source.embed(tokens[:enough]), self.config.num_layers
+        rotation = self.source.rotation(tokens.shape[1])
+        for i in range(count):
+            self.progress("reading what the head is given", i, count)
+            advance(self.source.block(i), x, rotation)
+        norm = self.source.norm("final_norm")
+        found = hessian(norm(x[c]) for c in slices(x))
+        if self.config.tie_embeddings:
+            found.diagonal().add_(TIED_SHARE * found.diagonal().mean())
+        return found
 
     def _blocks_alone(self) -> None:
         """Every block by a method that needs no data."""

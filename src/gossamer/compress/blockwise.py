@@ -21,10 +21,11 @@ from ..formats import Codes, Format, Integer
 from ..model import ModelConfig
 from .blockview import BlockView
 from .method import BlockQuantizer, QuantizeOptions
+from .precision import PRECISION, Precision, in_precision
 from .quantize.gptq import GPTQ, GPTQOptions
 from .quantize.grid import grid_of, quantize
 from .tunedlinear import CELL
-from .walk import TOKENS_AT_ONCE
+from .walk import ENOUGH_SEQUENCES, TOKENS_AT_ONCE
 
 LEAST_JUDGES, JUDGED_SHARE = 2, 1 / 16
 """Calibration sequences that are kept back to judge by, where there are at least eight."""
@@ -40,6 +41,7 @@ class LearnOptions(QuantizeOptions):
     seconds: float | None = Field(
         default=None, gt=0, description="ends a block's training early; the result then depends on the machine's speed"
     )
+    precision: Precision = PRECISION
 
 
 class RoundedOptions(LearnOptions):
@@ -56,6 +58,17 @@ class BlockLearner(BlockQuantizer):
     def peak_bytes(self, config: ModelConfig, index: int, sequences: int, length: int) -> int:
         """Memory of Adam over every weight of block `index`, and of the activations of a step."""
         return super().peak_bytes(config, index, sequences, min(self.options.batch_size, sequences) * length)
+
+
+class RoundedLearner(BlockLearner):
+    """One that begins from codes that another method has found, and leaves embedding and head to that one."""
+
+    options: RoundedOptions
+
+    @property
+    def ends(self) -> GPTQ | None:
+        """GPTQ if that is where it begins."""
+        return GPTQ(GPTQOptions(clip=self.options.clip)) if self.options.start == "gptq" else None
 
 
 def integer_form(form: Format, where: str) -> Integer:
@@ -139,7 +152,7 @@ def linear(done: float) -> float:
 
 @dataclass(frozen=True)
 class Learned:
-    """What training a block did; errors as `block_error` gives them over all calibration sequences."""
+    """What training a block did; errors as `block_error` gives them."""
 
     before: float
     after: float
@@ -157,11 +170,12 @@ def learn(
 
     Learning rates are the optimizer's groups' `rate`, times `decay`; `limit` is called behind each step, to bring
     parameters back into their range. Batches are drawn by the view's generator. The parameters are left at the better
-    of the start and the end, judged on all calibration sequences: never worse than they began.
+    of the start and the end by `block_error`: never worse than they began.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     start = [p.detach().clone() for p in params]
-    before = block_error(view, weights)
+    with in_precision(options.precision):
+        before = block_error(view, weights)
     began = time.monotonic()
     batches = batches_of(len(view.x), options.batch_size, options.steps, view.generator)
     for step, batch in enumerate(batches):
@@ -173,13 +187,15 @@ def learn(
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * decay(done)
         with torch.enable_grad():
-            loss = _relative_error(_outputs(view, weights(), batch), view.target[batch]).mean()
+            with in_precision(options.precision):
+                loss = _relative_error(_outputs(view, weights(), batch), view.target[batch]).mean()
             loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             limit()
-    after = block_error(view, weights)
+    with in_precision(options.precision):
+        after = block_error(view, weights)
     if not after < before:  # NaN is not
         with torch.no_grad():
             for p, kept in zip(params, start, strict=True):
@@ -190,17 +206,18 @@ def learn(
 
 @torch.no_grad()
 def block_error(view: BlockView, weights: Weights) -> float:
-    """Mean over all calibration tokens of |y - t|^2 / |t|^2, with y the block's output and t the original's.
+    """Mean over calibration tokens of |y - t|^2 / |t|^2, with y the block's output and t the original's.
 
+    Of no more than ENOUGH_SEQUENCES: more would take longer than they tell.
     Relative to each token: a few of them carry activations hundreds of times larger than all others, and what reads the
     stream normalizes it.
     """
-    fixed = weights()
+    fixed, count = weights(), min(len(view.x), ENOUGH_SEQUENCES)
     sums = [
         float(_relative_error(_outputs(view, fixed, batch), view.target[batch]).sum().double())
-        for batch in torch.split(torch.arange(len(view.x)), max(1, TOKENS_AT_ONCE // view.x.shape[1]))
+        for batch in torch.split(torch.arange(count), max(1, TOKENS_AT_ONCE // view.x.shape[1]))
     ]
-    return sum(sums) / (view.x.shape[0] * view.x.shape[1])
+    return sum(sums) / (count * view.x.shape[1])
 
 
 def _outputs(view: BlockView, weights: Mapping[str, Tensor], batch: Tensor) -> Tensor:

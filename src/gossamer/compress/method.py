@@ -177,9 +177,7 @@ class QuantizeOptions(GridOptions):
         description="a role (`down`) or a glob of module names (`*.down_proj`) -> its own grid, which takes the keys "
         "that it does not give from the stage; of several that match, the longest text wins",
     )
-    embedding: GridOptions | None = Field(
-        default=None, description="grid of the embedding (rounded to nearest); null: float"
-    )
+    embedding: GridOptions | None = Field(default=None, description="grid of the embedding; null: float")
     head: GridOptions | None = Field(default=None, description="grid of the head; a tied head is the embedding")
     budget: Budget | None = Field(
         default=None,
@@ -289,6 +287,11 @@ class GridMethod(WeightMethod):
     def formats(self, config: ModelConfig, before: Mapping[str, Format]) -> dict[str, Format]:
         """The grids of the options, inside of whatever form the weights have. Raises RecipeError."""
         return {module: before[module].holding(grid) for module, grid in grid_formats(config, self.options).items()}
+
+    @property
+    def ends(self) -> Quantizer | None:
+        """What rounds a packed head by the Hessian of its inputs; None: embedding and head go to the nearest codes."""
+        return None
 
 
 class Quantizer(GridMethod):

@@ -22,7 +22,7 @@ from .method import BlockMethod, GridMethod, LayerMethod, Quantizer, WeightMetho
 from .plan import ROUND_AT_ONCE, Plan
 from .quantize.rtn import RTN
 from .source import Source
-from .walk import slices
+from .walk import ENOUGH_SEQUENCES, slices
 
 Made: TypeAlias = tuple[dict[str, Tensor], dict[str, Any]]
 """Named stored tensors of a unit, and its notes."""
@@ -39,9 +39,9 @@ class OneBlock:
     def form(self, module: str) -> Format:
         return self.plan.formats[module]
 
-    def end(self, role: str, module: str) -> Made:
-        """The embedding or an untied head: codes rounded to nearest, a slice of rows at a time."""
-        tensors, note = self._stored_alone(None, role, module)
+    def end(self, role: str, module: str, hessian: Tensor | None = None) -> Made:
+        """The embedding or an untied head: codes rounded to nearest, or by a Hessian, a slice of rows at a time."""
+        tensors, note = self._stored_alone(None, role, module, hessian)
         return tensors, {"layers": [note]}
 
     def alone(self, i: int) -> Made:
@@ -82,13 +82,15 @@ class OneBlock:
         for role, stored in packed.items():
             tensors |= named_tensors(names[role], stored)
             getattr(block, role).weight = nn.Parameter(forms[role].unpack(stored), requires_grad=False)
-        error = _block_error(block, x, target, rotation)
+        error = _block_error(block, x[:ENOUGH_SEQUENCES], target[:ENOUGH_SEQUENCES], rotation)
         shapes = self.config.layers[i].linear_shapes(self.config.hidden_size)
         notes = [layer_note(i, role, forms[role], stored, shapes[role], error) for role, stored in packed.items()]
         return tensors, {"layers": notes}
 
-    def _stored_alone(self, i: int | None, role: str, module: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Named stored tensors of a weight that needs no statistics, and its note."""
+    def _stored_alone(
+        self, i: int | None, role: str, module: str, hessian: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Named stored tensors of a weight by itself, and its note."""
         form, name = self.form(module), f"{module}.weight"
         shape = self.source.checkpoint.shape(name)
         if isinstance(self.method, LayerMethod):
@@ -99,22 +101,25 @@ class OneBlock:
         else:
             assert isinstance(self.method, GridMethod)
             method = self.method if isinstance(self.method, Quantizer) and i is not None else RTN(self.method.options)
+            if hessian is not None:
+                assert self.method.ends is not None
+                method = self.method.ends
             if isinstance(form, LowRank):
                 packed, error = self._round_factors(name, form, method)
             else:
-                codes, error = self._round_weight(name, form, method)
+                codes, error = self._round_weight(name, form, method, hessian)
                 packed = form.pack(codes)
         return named_tensors(module, packed), layer_note(i, role, form, packed, shape, error)
 
-    def _round_weight(self, name: str, form: Format, method: Quantizer) -> tuple[Codes, float]:
-        """Codes of a weight that needs no statistics, and its relative squared error, a slice of rows at a time."""
+    def _round_weight(self, name: str, form: Format, method: Quantizer, hessian: Tensor | None) -> tuple[Codes, float]:
+        """Codes of a weight by itself, and its relative squared error, a slice of rows at a time."""
         rows, columns = self.source.checkpoint.shape(name)
         step = max(1, ROUND_AT_ONCE // columns)
         parts, lost, total = [], 0.0, 0.0
         for start in range(0, rows, step):
             weight = self.source.checkpoint.tensor(name, rows=slice(start, min(start + step, rows)))
             check_finite(name, weight)
-            part = naming([name], partial(method.quantize, weight, form, None)).with_zeros(form.zeros(weight))
+            part = naming([name], partial(method.quantize, weight, form, hessian)).with_zeros(form.zeros(weight))
             lost += float((part.dequantize() - weight).square_().sum())
             total += float(weight.square().sum())
             parts.append(part)

@@ -21,6 +21,8 @@ Compress = Callable[[tuple[str, ...], Tensor | None], None]
 
 TOKENS_AT_ONCE = 2048
 """Bounds the temporary memory of a step, whatever the number of calibration sequences."""
+ENOUGH_SEQUENCES = 64
+"""The error of a block is a mean over no more calibration sequences."""
 POSITIONS_AT_ONCE = 256
 """Positions whose logits are in memory at a time, where a loss is computed."""
 PANEL = 256

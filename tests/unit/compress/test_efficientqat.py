@@ -32,6 +32,17 @@ def test_a_trained_block_is_closer_to_the_original_than_the_codes_of_gptq(bits: 
     assert trained < (0.8 if bits < 4 else 0.95) * gptq
 
 
+def test_products_in_bfloat16_teach_about_as_much() -> None:
+    form = Integer(3, 32)
+    before, exact, rough = (
+        learned(form, steps=steps, precision=precision)
+        for steps, precision in ((0, "float32"), (40, "float32"), (40, "bfloat16"))
+    )
+    start, reached, near = (block_error(view, dict) for view in (before, exact, rough))
+    assert start - near > 0.9 * (start - reached) > 0
+    assert any(not torch.equal(exact.decided[role].codes, rough.decided[role].codes) for role in exact.roles)
+
+
 def test_no_step_stores_the_start() -> None:
     form = Integer(3, 32)
     view = learned(form, steps=0, start="rtn")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...formats import Codes
 from ..blockview import BlockView
-from ..blockwise import BlockLearner, RoundedOptions, Start, learn, starts_of
+from ..blockwise import RoundedLearner, RoundedOptions, Start, learn, starts_of
 from ..fakequant import codes_of_steps, round_steps
 
 
@@ -24,7 +24,7 @@ class EfficientQATOptions(RoundedOptions):
     zero_rate: float = Field(default=0.0, ge=0, description="of zero points, in steps; 0: fixed")
 
 
-class EfficientQAT(BlockLearner):
+class EfficientQAT(RoundedLearner):
     """Trains a block's weights, scales and zero points with Adam, from the codes of GPTQ or of rounding."""
 
     name = "efficientqat"
@@ -40,7 +40,7 @@ class EfficientQAT(BlockLearner):
             {"params": [layer.log_scale for layer in layers.values()], "rate": o.scale_rate},
             {"params": [layer.zero for layer in layers.values() if layer.zero is not None], "rate": o.zero_rate},
         ]
-        optimizer = torch.optim.Adam([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95))
+        optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=0.0, betas=(0.9, 0.95), fused=True)
 
         def weights() -> Mapping[str, Tensor]:
             return {f"{role}.weight": layer.weight() for role, layer in layers.items()}

@@ -42,6 +42,11 @@ class GPTQ(Quantizer):
     Options = GPTQOptions
     options: GPTQOptions
 
+    @property
+    def ends(self) -> GPTQ:
+        """Itself."""
+        return self
+
     def quantize(self, weight: Tensor, form: Format, hessian: Tensor | None, gradient: Tensor | None = None) -> Codes:
         """Codes of a float32 weight [out, in], repaired by `hessian` [in, in] (arXiv 2210.17323, algorithm 1).
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...formats import Codes
 from ..blockview import BlockView
 from ..blockwise import (
-    BlockLearner,
+    RoundedLearner,
     RoundedOptions,
     SignDescent,
     Start,
@@ -46,7 +46,7 @@ class SignRoundOptions(RoundedOptions):
         return self.learning_rate or (0.3 if self.start == "gptq" else 1.0) / max(self.steps, 1)
 
 
-class SignRound(BlockLearner):
+class SignRound(RoundedLearner):
     """Learns a block's rounding offsets and clipping, from the codes of GPTQ or of rounding."""
 
     name = "signround"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from ...formats import Codebook, Format, Integer
 from ...model import ModelConfig
 from ..blockwise import batches_of, cosine, parted
 from ..method import Options, Tuner, block_weights
+from ..precision import PRECISION, Precision, in_precision
 from ..tunedlinear import TunedLinear
 from ..tuning import TunedModel
 
@@ -45,11 +46,7 @@ class TuneOptions(Options):
     recompute: bool = Field(
         default=True, description="compute blocks again in the backward pass: a third slower, one block in memory"
     )
-    precision: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="of activations and products in training; bfloat16 is several times as fast where the processor "
-        "multiplies it (AVX-512 BF16, AMX), and slower elsewhere; what is trained stays in float32",
-    )
+    precision: Precision = PRECISION
     patience: int | None = Field(
         default=None, ge=1, description="looks in a row at the sequences kept back without a gain that end the training"
     )
@@ -137,7 +134,7 @@ def distill(
     fewer than eight), or at the best that was seen if the options have a patience: a training that diverges changes
     nothing.
     """
-    with torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bfloat16", cache_enabled=False):
+    with in_precision(options.precision):
         return _distill(model, groups, options, objective or Objective())
 
 
