@@ -109,20 +109,21 @@ class _Maker:
     def _ends(self, tokens: Tensor | None) -> None:
         """Embedding and untied head, if the method stores them."""
         read = self.family.embed if self.config.tie_embeddings else self.family.head
-        by_inputs = tokens is not None and isinstance(self.method, GridMethod) and self.method.ends is not None
         for module in (self.family.embed, self.family.head):
             if module in self.units.plan.stored and not self.units.is_done(module):
                 role = "embed" if module == self.family.embed else "head"
-                inputs = self._head_hessian(tokens) if by_inputs and module == read else None
+                inputs = self._head_hessian(tokens) if module == read else None
                 self.units.write(module, *self.one.end(role, module, inputs))
 
     @torch.no_grad()
-    def _head_hessian(self, tokens: Tensor | None) -> Tensor:
+    def _head_hessian(self, tokens: Tensor | None) -> Tensor | None:
         """Sum of X^T X [hidden, hidden] over what the head reads in the float model, on as many tokens as that takes.
 
-        A tied head is the embedding, too, whose rows count as they are: some of the identity stands for that.
+        A tied head is the embedding, too, whose rows count as they are: some of the identity stands for that. None if
+        the method does not ask for it.
         """
-        assert tokens is not None
+        if tokens is None or not isinstance(self.method, GridMethod) or self.method.ends is None:
+            return None
         enough = -(-TOKENS_PER_COLUMN * self.config.hidden_size // tokens.shape[1])
         x, count = self.source.embed(tokens[:enough]), self.config.num_layers
         rotation = self.source.rotation(tokens.shape[1])
