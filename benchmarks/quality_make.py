@@ -170,11 +170,12 @@ class Workshop:
         return self._made(out, cost, version=importlib.metadata.version("gossamer"))
 
     def _torch_peer(self, row: Row, folder: Path) -> Made:
-        """A row of one of WORKERS."""
+        """A row of one of WORKERS, which may leave logs where it runs."""
         out = folder / "model"
         options = json.dumps({**row.options, "threads": self.threads, "iterations": self.iterations})
         worker = HERE / WORKERS[row.maker]
-        cost = self._measured([peers.python_of(row.maker), worker, self.base, self.tokens, out, options], folder)
+        places = [path.absolute() for path in (worker, self.base, self.tokens, out)]
+        cost = self._measured([peers.python_of(row.maker).absolute(), *places, options], folder, folder)
         judged = out
         if row.maker in GPTQ_LAYOUT:
             judged = folder / "float"
@@ -220,16 +221,18 @@ class Workshop:
             note.write_text(json.dumps({**asdict(cost), "output": ""}))
         return matrix, Cost(**json.loads(note.read_text()))
 
-    def _measured(self, words: Iterable[object], folder: Path) -> Cost:
+    def _measured(self, words: Iterable[object], folder: Path, cwd: Path | None = None) -> Cost:
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "GOSSAMER_THREADS")}
-        return measured(words, folder / "make.log", self.minutes, {**threads, "HF_HUB_OFFLINE": "1"})
+        return measured(words, folder / "make.log", self.minutes, {**threads, "HF_HUB_OFFLINE": "1"}, cwd)
 
 
 MAKING = (Failed, subprocess.SubprocessError, OSError, gossamer.errors.GossamerError, LookupError, ValueError)
 """What may happen while a row is made."""
 
 
-def measured(words: Iterable[object], log: Path, minutes: float, environment: Mapping[str, str]) -> Cost:
+def measured(
+    words: Iterable[object], log: Path, minutes: float, environment: Mapping[str, str], cwd: Path | None = None
+) -> Cost:
     """Run a command and take its time and peak memory; what it prints goes to the log too. Raises Failed.
 
     The peak is that of the largest of its processes, as the operating system keeps it.
@@ -241,7 +244,7 @@ def measured(words: Iterable[object], log: Path, minutes: float, environment: Ma
         began = time.monotonic()
         process = subprocess.Popen(
             command, stdout=text, stderr=errors, stdin=subprocess.DEVNULL,
-            env={**os.environ, **environment}, start_new_session=True,
+            env={**os.environ, **environment}, cwd=cwd, start_new_session=True,
         )  # fmt: skip
         try:
             status, peak = _wait(process.pid, began + minutes * 60)

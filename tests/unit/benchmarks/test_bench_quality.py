@@ -206,6 +206,12 @@ def test_a_process_is_measured_from_start_to_end(tmp_path: Path) -> None:
     assert quality_make.inside_seconds(cost.output) == 2.5
 
 
+def test_a_process_leaves_what_it_leaves_in_its_own_folder(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "open('left.log', 'w')"]
+    quality_make.measured(words, tmp_path / "log", 1.0, {}, tmp_path)
+    assert (tmp_path / "left.log").exists()
+
+
 def test_a_process_that_fails_gives_its_last_words(tmp_path: Path) -> None:
     code = "raise SystemExit('no accelerator here')"
     with pytest.raises(Failed, match="no accelerator here"):
