@@ -174,8 +174,8 @@ class Workshop:
         out = folder / "model"
         options = json.dumps({**row.options, "threads": self.threads, "iterations": self.iterations})
         worker = HERE / WORKERS[row.maker]
-        places = [path.absolute() for path in (worker, self.base, self.tokens, out)]
-        cost = self._measured([peers.python_of(row.maker).absolute(), *places, options], folder, folder)
+        places = [path.absolute() for path in (peers.python_of(row.maker), worker, self.base, self.tokens, out)]
+        cost = self._measured([*places, options], folder, cwd=folder)
         judged = out
         if row.maker in GPTQ_LAYOUT:
             judged = folder / "float"
@@ -233,7 +233,7 @@ MAKING = (Failed, subprocess.SubprocessError, OSError, gossamer.errors.GossamerE
 def measured(
     words: Iterable[object], log: Path, minutes: float, environment: Mapping[str, str], cwd: Path | None = None
 ) -> Cost:
-    """Run a command and take its time and peak memory; what it prints goes to the log too. Raises Failed.
+    """Run a command, in `cwd`, and take its time and peak memory; what it prints goes to the log too. Raises Failed.
 
     The peak is that of the largest of its processes, as the operating system keeps it.
     """
