@@ -146,7 +146,9 @@ class Budget(Options):
 
     bits: float = Field(gt=1, le=16, description="stored bits per weight of the whole model, whatever is packed or not")
     candidates: list[GridOptions] = Field(
-        default_factory=list, description="grids to choose from for each layer; none: the stage's at 2 to 8 bits"
+        default_factory=list,
+        description="grids to choose from for each layer; none: the stage's, from as many bits as all layers can have "
+        "up to 8",
     )
     embedding: list[GridOptions] = Field(
         default_factory=list, description="grids to choose from for the embedding; none: as the stage says"

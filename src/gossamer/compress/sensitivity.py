@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -69,6 +69,10 @@ class Group:
     nbytes: tuple[int, ...]
     weights: int
 
+    def since(self, first: int) -> Group:
+        """The same without the candidates before `first`."""
+        return replace(self, candidates=self.candidates[first:], forms=self.forms[first:], nbytes=self.nbytes[first:])
+
 
 def open_budget(recipe: Recipe) -> GridMethod | None:
     """The quantizer whose layers a budget has yet to decide, or None."""
@@ -88,7 +92,7 @@ def settle(
     if method is None:
         return recipe, calibration
     config, dense, options = checkpoint.config, checkpoint.dtype, method.options
-    groups = groups_of(config, options)
+    groups = _worthwhile(config, dense, options)
     _spend(config, dense, options, groups, [[0.0] * len(group.forms) for group in groups])  # raises before any work
     if not isinstance(calibration, Calibration | None):
         calibration = calibration.make()
@@ -103,7 +107,7 @@ def presumed(config: ModelConfig, dense: torch.dtype, recipe: Recipe) -> Recipe:
     method = open_budget(recipe)
     if method is None:
         return recipe
-    groups = groups_of(config, method.options)
+    groups = _worthwhile(config, dense, method.options)
     losses = [[group.weights * 4.0 ** (-8 * n / group.weights) for n in group.nbytes] for group in groups]
     return _filled(recipe, groups, _spend(config, dense, method.options, groups, losses))
 
@@ -158,6 +162,38 @@ def _group(
     return Group(block, roles, tuple(modules), tuple(candidates), tuple(forms), nbytes, weights)
 
 
+def _worthwhile(config: ModelConfig, dense: torch.dtype, options: QuantizeOptions) -> list[Group]:
+    """`groups_of`; unless the recipe names candidates, no layer gets fewer bits than all of them can have.
+
+    Losses are measured one group at a time and do not add up where many layers are coarse: with 2 bits to choose, a
+    budget that leaves 3 for every layer lost more than 3 bits everywhere.
+    """
+    groups = groups_of(config, options)
+    if options.budget is None or options.budget.candidates:
+        return groups
+    room, _, _ = _room(config, dense, options, groups)
+    layers = [group for group in groups if group.block is not None]
+    room -= sum(min(group.nbytes) for group in groups if group.block is None)
+    alike = [n for n in range(len(layers[0].forms)) if sum(group.nbytes[n] for group in layers) <= room]
+    least = max(alike, default=0)
+    return [group if group.block is None else group.since(least) for group in groups]
+
+
+def _room(
+    config: ModelConfig, dense: torch.dtype, options: QuantizeOptions, groups: Sequence[Group]
+) -> tuple[int, int, int]:
+    """Bytes that the budget leaves for the groups, bytes of what no group holds, and weights of the whole model."""
+    assert options.budget is not None
+    held = {module for group in groups for module in group.modules}
+    fixed = weights = 0
+    for name, shape in tensor_names(config).items():
+        module = name.removesuffix(".weight")
+        weights += torch.Size(shape).numel()
+        if module not in held:
+            fixed += _fixed_form(config, module, options, dense).nbytes(shape)
+    return int(options.budget.bits * weights / 8) - fixed, fixed, weights
+
+
 def _spend(
     config: ModelConfig,
     dense: torch.dtype,
@@ -167,26 +203,20 @@ def _spend(
 ) -> list[int]:
     """The candidate of each group. The budget is of the whole model: what no group holds is paid for first."""
     assert options.budget is not None
-    held = {module for group in groups for module in group.modules}
-    fixed = weights = 0
-    for name, shape in tensor_names(config).items():
-        module = name.removesuffix(".weight")
-        weights += torch.Size(shape).numel()
-        if module not in held:
-            fixed += _fixed_form(config, module, options, dense).nbytes(shape)
-    budget = int(options.budget.bits * weights / 8)
+    room, fixed, weights = _room(config, dense, options, groups)
     choices = [
         [Choice(n, loss) for n, loss in zip(g.nbytes, ls, strict=True)] for g, ls in zip(groups, losses, strict=True)
     ]
-    least = fixed + sum(min(group.nbytes) for group in groups)
-    if least > budget:
+    smallest = sum(min(group.nbytes) for group in groups)
+    if smallest > room:
+        least = fixed + smallest
         raise CompressionError(
             f"a budget of {options.budget.bits:g} bits per weight over the whole model cannot be met: the smallest "
             f"candidates make {least * 8 / weights:.2f}, {fixed * 8 / weights:.2f} of it for what the budget does not "
             "decide (norms; embedding and head, if they are not named)",
             hint="raise it, give candidates of fewer bits, or `embedding` candidates within the budget",
         )
-    return allocate(choices, budget - fixed)
+    return allocate(choices, room)
 
 
 def _fixed_form(config: ModelConfig, module: str, options: QuantizeOptions, dense: torch.dtype) -> Format:

@@ -17,6 +17,7 @@ from gossamer.compress import allocate as allocate_module
 from gossamer.compress import sensitivity
 from gossamer.compress.allocate import Choice, allocate
 from gossamer.compress.calibration import Calibration, token_hash
+from gossamer.compress.method import BUDGET_BITS
 from gossamer.compress.pipeline import Later, compress
 from gossamer.compress.plan import make_plan
 from gossamer.compress.recipe import Recipe, load_recipe, parse_recipe
@@ -195,6 +196,28 @@ def test_a_plan_needs_no_measurement_and_keeps_to_the_budget(model: Path) -> Non
 def test_a_budget_below_the_smallest_candidates_is_refused_before_the_calibration(model: Path, tmp_path: Path) -> None:
     with pytest.raises(CompressionError, match=r"a budget of 2 bits .* cannot be met: the smallest candidates make"):
         compress(open_checkpoint(model), recipe(bits=2.0), tmp_path / "a", Later(lambda: pytest.fail("made")))
+
+
+@pytest.mark.parametrize("budget", [3.0, 4.1, 5.5, 7.5, 16.0])
+def test_without_candidates_no_layer_gets_fewer_bits_than_all_could_have(model: Path, budget: float) -> None:
+    checkpoint, embedding = open_checkpoint(model), {"bits": 2, "group_size": 32}
+
+    def stored(bits: int) -> float:
+        stage = {"method": "gptq", "bits": bits, "group_size": 32, "embedding": embedding}
+        plain = parse_recipe({"version": 1, "name": "plain", "stages": [stage]}, "test")
+        return make_plan(checkpoint.config, plain, checkpoint.dtype).bits_per_weight
+
+    options = recipe(bits=budget, embedding=[embedding]).methods()[0].options
+    groups = sensitivity._worthwhile(checkpoint.config, checkpoint.dtype, options)
+    expected = [bits for bits in BUDGET_BITS if bits >= max(b for b in BUDGET_BITS if stored(b) <= budget)]
+    for group in groups:
+        assert [grid.bits for grid in group.candidates] == ([2] if group.block is None else expected)
+
+
+def test_candidates_that_are_named_may_be_as_coarse_as_they_are(model: Path) -> None:
+    options = recipe(bits=6.0, candidates=[{"bits": bits, "group_size": 32} for bits in (2, 8)]).methods()[0].options
+    groups = sensitivity._worthwhile(open_checkpoint(model).config, torch.bfloat16, options)
+    assert {len(group.forms) for group in groups} == {2}
 
 
 def test_a_candidate_whose_groups_do_not_divide_is_refused_by_name(model: Path, tmp_path: Path) -> None:
