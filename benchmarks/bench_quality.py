@@ -97,7 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--iterations", type=int, default=40, help="of auto-round, for each block")
     add("--threads", type=int, default=default_threads())
-    add("--minutes", type=float, default=60.0, help="that a row may take to be made")
+    add("--minutes", type=float, default=150.0, help="that a row may take to be made")
     add("--work", type=Path, default=Path("runs/quality"), help="where models are put")
     add("--again", action="store_true", help="make and judge everything anew")
     add("--out", type=Path, metavar="FILE", help="append the JSON lines here too")

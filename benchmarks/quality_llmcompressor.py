@@ -37,6 +37,9 @@ elif options["method"] == "gptq":
 else:
     from llmcompressor.modifiers.awq import AWQModifier
 
+    if not torch.accelerator.is_available():
+        # It pins what it keeps, which only makes transfers to an accelerator quicker and fails where there is none.
+        torch.Tensor.pin_memory = lambda tensor: tensor
     recipe = AWQModifier(config_groups=groups, ignore=["lm_head"])
 data = {} if options["method"] == "rtn" else {
     "dataset": rows, "max_seq_length": tokens.shape[1], "num_calibration_samples": tokens.shape[0]

@@ -85,11 +85,16 @@ QUICK = ("float/*", "gossamer/int4-rtn", "llmcompressor/rtn-4", "llama.cpp/q4_0-
 
 
 def our_rows(extra: Sequence[str] = ()) -> list[Row]:
-    """A row for every shipped recipe, for those beside the benchmarks that complete an order, and for `extra` ones."""
+    """A row for every shipped recipe that quantizes, for those beside the benchmarks that complete an order, and for
+    `extra` ones.
+    """
     shipped = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
     beside = sorted(str(path) for path in BESIDE.glob("quality-*.yaml"))
     rows: list[Row] = []
-    for row in map(recipe_row, dict.fromkeys([*shipped, *beside, *extra])):
+    for name in dict.fromkeys([*shipped, *beside, *extra]):
+        row = recipe_row(name)
+        if row.reason is None and not row.grid and name not in extra:
+            continue  # what only prunes or factorizes has no bits to compare
         if row.reason is not None or all(row.options["stages"] != known.options.get("stages") for known in rows):
             rows.append(row)  # what a shipped recipe does is not made a second time
     return rows

@@ -21,14 +21,13 @@ from .factorize.quantized import quantize_factors
 from .gradients import gradient_unit, measure
 from .method import BlockMethod, GridMethod, LayerMethod, Needs, Quantizer, WeightMethod
 from .oneblock import OneBlock, check_finite, layer_note, named_tensors, naming
+from .precision import in_precision
 from .source import Source
 from .units import Units, block_unit
-from .walk import advance, hessian, slices, walk
+from .walk import TOKENS_PER_COLUMN, advance, hessian, slices, walk
 
 Progress = Callable[[str, int, int], None]
 """(what, done, total)"""
-TOKENS_PER_COLUMN = 16
-"""So many of them give the Hessian of a head's inputs."""
 TIED_SHARE = 0.3
 """Of the mean of that Hessian's diagonal: so much is added to the diagonal for the rows of a tied embedding."""
 
@@ -225,10 +224,11 @@ class _Maker:
             done = i not in todo
             self.progress("catching up with finished blocks" if done else "compressing blocks", i, count)
             given = target.clone() if method.teacher_inputs and not done else None
-            self.teacher.advance(i, target, rotation)
+            with in_precision(method.precision):
+                self.teacher.advance(i, target, rotation)
             if not done:
                 self.units.write(block_unit(i), *self.one.learned(i, x, target, rotation, given))
-            with torch.no_grad():
+            with torch.no_grad(), in_precision(method.precision):
                 advance(self.units.finished_block(i), x, rotation)
         self.progress("compressing blocks", count, count)
 

@@ -14,7 +14,7 @@ from ..errors import CompressionError, NumericalError, UnknownName
 from ..formats import Codes, Dense, Format
 from ..formats.base import check_tensors
 from ..model.decoder import Block, Rotation
-from .walk import hessian, slices
+from .walk import ENOUGH_SEQUENCES, TOKENS_PER_COLUMN, hessian, slices
 
 POINTS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 """Linear layers that read the same input; a block may have no gate."""
@@ -146,13 +146,18 @@ class BlockView:
         return normed if role in ("gate", "up") else block.gated(normed)
 
     def hessian(self, *roles: str) -> Tensor:
-        """X^T X [in, in] of the inputs X that these roles share, as the block stands now."""
+        """X^T X [in, in] of the inputs X that these roles share, as the block stands now.
+
+        Of as many sequences as that takes: more would take longer than they tell.
+        """
         for role in roles:
             self._known(role)
         if not any(set(roles) <= set(point) for point in POINTS) or not roles:
             raise CompressionError(f"{', '.join(roles) or 'no roles'}: these linear layers do not share their inputs")
+        columns = getattr(self.block, roles[0]).weight.shape[1]
+        enough = max(ENOUGH_SEQUENCES, -(-TOKENS_PER_COLUMN * columns // self.x.shape[1]))
         with torch.no_grad():
-            return hessian(self.inputs(roles[0]))
+            return hessian(self.input_of(roles[0], self.x[c]) for c in slices(self.x[:enough]))
 
     def outputs(self) -> Iterator[tuple[slice, Tensor]]:
         """Which sequences, and what the block as it stands now gives for them [some sequences, time, hidden]."""

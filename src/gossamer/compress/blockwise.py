@@ -55,6 +55,10 @@ class BlockLearner(BlockQuantizer):
 
     options: LearnOptions
 
+    @property
+    def precision(self) -> Precision:
+        return self.options.precision
+
     def peak_bytes(self, config: ModelConfig, index: int, sequences: int, length: int) -> int:
         """Memory of Adam over every weight of block `index`, and of the activations of a step."""
         return super().peak_bytes(config, index, sequences, min(self.options.batch_size, sequences) * length)

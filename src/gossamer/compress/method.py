@@ -29,6 +29,7 @@ from ..formats import Codebook, Codes, Format, Integer, LowRank, nearest_group_s
 from ..model import ModelConfig
 from .blockview import BlockView
 from .grids import grid_formats
+from .precision import Precision
 from .tuning import TunedModel
 
 if TYPE_CHECKING:
@@ -322,6 +323,11 @@ class BlockMethod(WeightMethod):
     def independent(self) -> bool:
         """True if `view.x` is to be what the original's own blocks are given, too: then no block waits for others."""
         return False
+
+    @property
+    def precision(self) -> Precision:
+        """In what both streams are multiplied on their way through the blocks."""
+        return "float32"
 
     @abc.abstractmethod
     def compress(self, view: BlockView) -> None:

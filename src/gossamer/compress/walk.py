@@ -25,6 +25,8 @@ ENOUGH_SEQUENCES = 64
 """The error of a block is a mean over no more calibration sequences."""
 POSITIONS_AT_ONCE = 256
 """Positions whose logits are in memory at a time, where a loss is computed."""
+TOKENS_PER_COLUMN = 16
+"""So many of them give a Hessian."""
 PANEL = 256
 """Rows of the Hessian summed at a time."""
 

@@ -55,7 +55,7 @@ def test_every_row_has_a_name_of_its_own_and_a_maker_that_exists() -> None:
         assert (Path(quality_make.__file__).parent / worker).is_file()
 
 
-def test_every_shipped_recipe_is_a_row_with_its_method_and_grid() -> None:
+def test_every_shipped_recipe_that_quantizes_is_a_row_with_its_method_and_grid() -> None:
     rows = {row.key: row for row in quality_rows.our_rows()}
     gptq, rtn = rows["gossamer/int4-gptq"], rows["gossamer/int4-rtn"]
     assert (gptq.method, gptq.bits, gptq.act_order, gptq.options["calibrated"]) == ("gptq", 4, True, True)
@@ -63,6 +63,12 @@ def test_every_shipped_recipe_is_a_row_with_its_method_and_grid() -> None:
     assert gptq.grid == rtn.grid != rows["gossamer/int3-rtn"].grid
     assert gptq.grid == rows["gossamer/quality-int4-gptq-inorder"].grid
     assert gptq.grid != rows["gossamer/int4-gptq-head8"].grid
+
+
+def test_what_only_prunes_is_a_row_if_it_is_asked_for() -> None:
+    assert "gossamer/wanda-sparse50" not in {row.key for row in quality_rows.our_rows()}
+    assert "gossamer/int4-sparse50" in {row.key for row in quality_rows.our_rows()}
+    assert "gossamer/wanda-sparse50" in {row.key for row in quality_rows.our_rows(["wanda-sparse50"])}
 
 
 def test_a_recipe_that_does_what_a_shipped_one_does_is_no_second_row(tmp_path: Path) -> None:

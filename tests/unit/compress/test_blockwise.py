@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
+from gossamer.checkpoint import open_checkpoint
 from gossamer.compress.blockview import BlockView
 from gossamer.compress.blockwise import (
     LearnOptions,
@@ -19,11 +21,17 @@ from gossamer.compress.blockwise import (
     start_from,
     starts_of,
 )
+from gossamer.compress.calibration import Calibration, token_hash
 from gossamer.compress.fakequant import codes_of, codes_of_steps, fake_quantize, round_steps
+from gossamer.compress.pipeline import compress
+from gossamer.compress.quantize.efficientqat import EfficientQAT
 from gossamer.compress.quantize.grid import grid_of, quantize
+from gossamer.compress.recipe import parse_recipe
+from gossamer.compress.walk import ENOUGH_SEQUENCES, TOKENS_PER_COLUMN
 from gossamer.errors import CompressionError, NumericalError
 from gossamer.formats import Dense, Format, Integer
 from random_blocks import make_block, make_view
+from tiny_llama import make_folder
 
 WHOLE = Integer(3, 32)
 FORMS = [Integer(bits, group, symmetric) for bits in (2, 3, 4) for group in (16, None) for symmetric in (True, False)]
@@ -199,3 +207,40 @@ def test_schedules_fall_from_one() -> None:
     assert cosine(1) == pytest.approx(0.05)
     steps = [cosine(i / 10) for i in range(11)]
     assert steps == sorted(steps, reverse=True)
+
+
+def test_a_hessian_is_of_as_many_sequences_as_it_takes() -> None:
+    x = torch.randn(2 * ENOUGH_SEQUENCES, 40, 64, generator=torch.Generator().manual_seed(2))
+    view = make_view(make_block(), WHOLE, x)
+    for role, columns in (("q", 64), ("down", view.block.down.weight.shape[1])):
+        enough = max(ENOUGH_SEQUENCES, -(-TOKENS_PER_COLUMN * columns // 40))
+        assert enough < len(x)
+        read = view.input_of(role, x[:enough]).flatten(0, 1).double()
+        torch.testing.assert_close(view.hessian(role).double(), read.T @ read, rtol=1e-4, atol=1e-2)
+
+
+def test_streams_in_bfloat16_are_those_of_float32_but_for_its_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative error of both streams behind the first block below 2%, and not none."""
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "head_dim": 16}
+    source = open_checkpoint(make_folder(tmp_path / "model", num_hidden_layers=2, **shape))
+    tokens = torch.randint(0, 300, (8, 40), generator=torch.Generator().manual_seed(0))
+    record = {"kind": "self", "sha256": token_hash(tokens), "sequences": 8, "length": 40, "seed": 0}
+    calibration = Calibration(tokens, {**record, "line_hashes": [], "details": {"source": "self"}})
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    decide = EfficientQAT.compress
+
+    def look(method: EfficientQAT, view: BlockView) -> None:
+        seen.append((view.x.clone(), view.target.clone()))
+        decide(method, view)
+
+    monkeypatch.setattr(EfficientQAT, "compress", look)
+    for precision in ("float32", "bfloat16"):
+        stage = {"method": "efficientqat", "bits": 4, "group_size": 32, "steps": 0, "precision": precision}
+        recipe = parse_recipe({"version": 1, "name": precision, "stages": [stage]}, "test")
+        compress(source, recipe, tmp_path / precision, calibration)
+    (_, _), exact, (_, _), rough = seen
+    for a, b in zip(exact, rough, strict=True):
+        assert a.dtype == b.dtype == torch.float32
+        assert 1e-5 < float((b - a).norm() / a.norm()) < 0.02
