@@ -3,18 +3,20 @@
     python benchmarks/bench_quality.py [--corpus FILE] [--recipe FILE] [--only ROW,ROW] [--quick] [--write]
 
 Peers and model files are made below the cache and --work when first asked for, which takes hours; what nothing has
-changed of is used again. A row that fails is a row that says why. Progress goes to stderr; to stdout go a Markdown
-page, a JSON line for each row, and one for the run. Exit code 1 if a row failed or an order, comparison or target is
-broken.
+changed of is used again. `--out FILE` keeps each row as soon as it is judged, and `--resume FILE` takes from there what
+the same code made and judged in the same way on such a machine, whose files may be gone. A row that fails is a row that
+says why. Progress goes to stderr; to stdout go a Markdown page, a JSON line for each row, and one for the run. Exit
+code 1 if a row failed or an order, comparison or target is broken.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,7 +27,7 @@ import quality_rows
 from gossamer.compress.recipe import CalibrationSpec
 from gossamer.measure.records import append_record, machine_block
 from gossamer.settings import threads as default_threads
-from quality_judge import Judge, Judgement, Text
+from quality_judge import TOGETHER, Judge, Judgement, Text
 from quality_make import Failed, Made, Workshop
 from quality_rows import Row
 
@@ -40,15 +42,14 @@ def main() -> int:
     texts = [Text.load(source) for source in dict.fromkeys([*args.corpus, "default"])]
     spec = CalibrationSpec(source="self", sequences=args.sequences, length=args.length, seed=args.seed)
     shop = Workshop(args.work, args.threads, spec, args.minutes, args.iterations)
-    made = make_all(shop, rows, args.again)
     judge = Judge(shop.base, args.tokens, args.threads, args.work / "judgements.json")
-    quality = judge_all(judge, made, texts, args.again)
-    results = [result_of(row, made[row.key], quality, shop.parameters) for row in rows]
+    machine = machine_block(args.threads)
+    results = results_of(rows, shop, judge, texts, machine, args)
     run = {
         "benchmark": "bench_quality",
         "command": " ".join(["python benchmarks/bench_quality.py", *shown(sys.argv[1:])]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine_block(args.threads),
+        "machine": machine,
         "protocol": {
             **asdict(judge.plan),
             "tokens": args.tokens,
@@ -70,12 +71,9 @@ def main() -> int:
 def show(run: dict[str, Any], results: Sequence[dict[str, Any]], args: argparse.Namespace) -> int:
     """Print everything, write what was asked for, and say whether all is well."""
     text = quality_report.page({**run, "results": results})
-    lines = [{"benchmark": run["benchmark"], "created": run["created"], **result} for result in results]
     print(text)
-    for line in [*lines, run]:
+    for line in [*results, run]:
         print(json.dumps(line))
-        if args.out is not None:
-            append_record(args.out, line)
     if args.write:
         PAGE.write_text(text)
     broken = [f for kind in ("comparisons", "targets", "orders") for f in run[kind] if not f["held"]]
@@ -91,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--recipe", action="append", default=[], metavar="RECIPE", help="one more of ours: a YAML file")
     add("--only", default="*", metavar="ROW,ROW", help="only these rows; `llama.cpp/*` works")
     add("--quick", action="store_true", help="a row of each road on few tokens: does it work?")
-    add("--tokens", type=int, default=20480, help="tokens of each text")
+    add("--tokens", type=int, default=10240, help="tokens of each text")
     add("--sequences", type=int, default=32, help="of calibration, for every method that calibrates")
     add("--length", type=int, default=512, help="tokens of each of them")
     add("--seed", type=int, default=0)
@@ -100,7 +98,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--minutes", type=float, default=150.0, help="that a row may take to be made")
     add("--work", type=Path, default=Path("runs/quality"), help="where models are put")
     add("--again", action="store_true", help="make and judge everything anew")
-    add("--out", type=Path, metavar="FILE", help="append the JSON lines here too")
+    add("--out", type=Path, metavar="FILE", help="append each row as a JSON line here as soon as it is judged")
+    add("--resume", type=Path, metavar="FILE", help="rows in it are not made again if nothing of them has changed")
     add("--write", action="store_true", help=f"write docs/results/{PAGE.name}")
     args = parser.parse_args()
     if args.quick:
@@ -117,6 +116,52 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
         return quality_rows.chosen(rows, args.only.split(","))
     except ValueError as error:
         sys.exit(str(error))
+
+
+def results_of(
+    rows: Sequence[Row],
+    shop: Workshop,
+    judge: Judge,
+    texts: Sequence[Text],
+    machine: Mapping[str, Any],
+    args: argparse.Namespace,
+) -> list[dict[str, Any]]:
+    """A result for each row; so many as one pass of the float model serves are made, judged and kept at a time."""
+    identities = {row.key: identity(row, shop, judge, texts, machine) for row in rows}
+    known = {} if args.again else remembered(args.resume)
+    found = {key: known[what] for key, what in identities.items() if what in known}
+    missing = [row for row in rows if row.key not in found]
+    for start in range(0, len(missing), TOGETHER):
+        group = missing[start : start + TOGETHER]
+        say(f"{len(found)} of {len(rows)} rows are done")
+        made = make_all(shop, group, args.again)
+        quality = judge_all(judge, made, texts, args.again)
+        for row in group:
+            found[row.key] = result_of(row, made[row.key], quality, shop.parameters)
+            keep(found[row.key], identities[row.key], args.out)
+    return [found[row.key] for row in rows]
+
+
+def identity(row: Row, shop: Workshop, judge: Judge, texts: Sequence[Text], machine: Mapping[str, Any]) -> str | None:
+    """Hash of all that decides a row's figures, its time among them; None if its recipe cannot be read."""
+    if row.reason is not None:
+        return None
+    what = [shop.key_of(row), [judge.protocol(text) for text in texts], machine["cpu"], machine["cores"]]
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def remembered(file: Path | None) -> dict[str | None, dict[str, Any]]:
+    """Results of an earlier run's --out by their identity. Raises OSError or ValueError if it cannot be read."""
+    if file is None or not file.exists():
+        return {}
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    return {line["identity"]: line["result"] for line in lines}
+
+
+def keep(result: dict[str, Any], identity: str | None, out: Path | None) -> None:
+    """Write down a row for --resume, if all of it succeeded."""
+    if out is not None and quality_report.good([result]):
+        append_record(out, {"benchmark": "bench_quality", "identity": identity, "result": result})
 
 
 def make_all(shop: Workshop, rows: Sequence[Row], again: bool) -> dict[str, Made | Failed]:
@@ -144,7 +189,7 @@ def judge_all(
 def result_of(
     row: Row, made: Made | Failed, quality: dict[str, dict[str, Judgement]], parameters: int
 ) -> dict[str, Any]:
-    """All that is known of a row, as quality_report reads it."""
+    """All that is known of a row, as quality_report reads it, without the folders of this machine."""
     facts = {
         "key": row.key,
         "maker": row.maker,
@@ -153,13 +198,14 @@ def result_of(
         "grid": row.grid,
         "act_order": row.act_order,
         "on_source_grid": row.on_source_grid,
-        "options": dict(row.options),
+        "options": {key: value for key, value in row.options.items() if key != "recipe"},
         "quality": quality.get(row.key, {}),
         "reason": None,
     }
     if isinstance(made, Failed):
         return {**facts, "reason": str(made)}
-    return {**facts, **asdict(made), "bits_per_weight": made.stored_bytes * 8 / parameters}
+    figures = {key: value for key, value in asdict(made).items() if key not in ("path", "judged")}
+    return {**facts, **figures, "bits_per_weight": made.stored_bytes * 8 / parameters}
 
 
 def shown(words: Sequence[str]) -> list[str]:

