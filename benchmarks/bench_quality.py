@@ -32,7 +32,7 @@ from quality_make import Failed, Made, Workshop
 from quality_rows import Row
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "quality.md"
-QUICK_TOKENS = 8192
+QUICK_TOKENS = 2048
 
 
 def main() -> int:
@@ -89,7 +89,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--recipe", action="append", default=[], metavar="RECIPE", help="one more of ours: a YAML file")
     add("--only", default="*", metavar="ROW,ROW", help="only these rows; `llama.cpp/*` works")
     add("--quick", action="store_true", help="a row of each road on few tokens: does it work?")
-    add("--tokens", type=int, default=10240, help="tokens of each text")
+    add("--tokens", type=int, default=8192, help="tokens of each text")
     add("--sequences", type=int, default=32, help="of calibration, for every method that calibrates")
     add("--length", type=int, default=512, help="tokens of each of them")
     add("--seed", type=int, default=0)

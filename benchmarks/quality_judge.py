@@ -19,7 +19,7 @@ from gossamer.measure.plans import WindowPlan
 from gossamer.measure.run import EvalRequest, evaluate_models
 from quality_make import code_hash
 
-TOGETHER = 4
+TOGETHER = 6
 """Models that share one pass of the float model; each takes its weights in float32."""
 KEPT = ("perplexity", "kld_mean", "kld_p99", "top1_agreement")
 
