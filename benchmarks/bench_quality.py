@@ -4,8 +4,7 @@
 
 Peers and model files are made below the cache and --work when first asked for, which takes hours; what nothing has
 changed of is used again. `--out FILE` keeps each row as soon as it is judged, and `--resume FILE` takes from there what
-the same code made and judged in the same way on such a machine, whose files may be gone. A row that fails is a row that
-says why. Progress goes to stderr; to stdout go a Markdown page, a JSON line for each row, and one for the run. Exit
+the same code made and judged in the same way, on another machine too. A row that fails is a row that says why. Progress goes to stderr; to stdout go a Markdown page, a JSON line for each row, and one for the run. Exit
 code 1 if a row failed or an order, comparison or target is broken.
 """
 
@@ -16,7 +15,7 @@ import hashlib
 import json
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,10 +24,11 @@ from typing import Any
 import quality_report
 import quality_rows
 from gossamer.compress.recipe import CalibrationSpec
-from gossamer.measure.records import append_record, machine_block
+from gossamer.measure.records import machine_block
 from gossamer.settings import threads as default_threads
 from quality_judge import TOGETHER, Judge, Judgement, Text
 from quality_make import Failed, Made, Workshop
+from quality_records import Records, Result
 from quality_rows import Row
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "quality.md"
@@ -41,10 +41,12 @@ def main() -> int:
     rows = rows_of(args)
     texts = [Text.load(source) for source in dict.fromkeys([*args.corpus, "default"])]
     spec = CalibrationSpec(source="self", sequences=args.sequences, length=args.length, seed=args.seed)
-    shop = Workshop(args.work, args.threads, spec, args.minutes, args.iterations)
+    records = Records.load(args.resume, args.out)
+    shop = Workshop(args.work, args.threads, spec, args.minutes, args.iterations, records.tokens_for(spec))
+    records.keep_tokens(spec, shop.calibration.tokens)
     judge = Judge(shop.base, args.tokens, args.threads, args.work / "judgements.json")
     machine = machine_block(args.threads)
-    results = results_of(rows, shop, judge, texts, machine, args)
+    results = results_of(rows, shop, judge, texts, records, args.again)
     run = {
         "benchmark": "bench_quality",
         "command": " ".join(["python benchmarks/bench_quality.py", *shown(sys.argv[1:])]),
@@ -68,7 +70,7 @@ def main() -> int:
     return show(run, results, args)
 
 
-def show(run: dict[str, Any], results: Sequence[dict[str, Any]], args: argparse.Namespace) -> int:
+def show(run: dict[str, Any], results: Sequence[Result], args: argparse.Namespace) -> int:
     """Print everything, write what was asked for, and say whether all is well."""
     text = quality_report.page({**run, "results": results})
     print(text)
@@ -99,7 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--work", type=Path, default=Path("runs/quality"), help="where models are put")
     add("--again", action="store_true", help="make and judge everything anew")
     add("--out", type=Path, metavar="FILE", help="append each row as a JSON line here as soon as it is judged")
-    add("--resume", type=Path, metavar="FILE", help="rows in it are not made again if nothing of them has changed")
+    add("--resume", type=Path, metavar="FILE", help="rows of that file that nothing has changed of are not made again")
     add("--write", action="store_true", help=f"write docs/results/{PAGE.name}")
     args = parser.parse_args()
     if args.quick:
@@ -119,49 +121,30 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
 
 
 def results_of(
-    rows: Sequence[Row],
-    shop: Workshop,
-    judge: Judge,
-    texts: Sequence[Text],
-    machine: Mapping[str, Any],
-    args: argparse.Namespace,
-) -> list[dict[str, Any]]:
+    rows: Sequence[Row], shop: Workshop, judge: Judge, texts: Sequence[Text], records: Records, again: bool
+) -> list[Result]:
     """A result for each row; so many as one pass of the float model serves are made, judged and kept at a time."""
-    identities = {row.key: identity(row, shop, judge, texts, machine) for row in rows}
-    known = {} if args.again else remembered(args.resume)
+    identities = {row.key: identity(row, shop, judge, texts) for row in rows}
+    known = {} if again else records.results
     found = {key: known[what] for key, what in identities.items() if what in known}
     missing = [row for row in rows if row.key not in found]
     for start in range(0, len(missing), TOGETHER):
         group = missing[start : start + TOGETHER]
         say(f"{len(found)} of {len(rows)} rows are done")
-        made = make_all(shop, group, args.again)
-        quality = judge_all(judge, made, texts, args.again)
+        made = make_all(shop, group, again)
+        quality = judge_all(judge, made, texts, again)
         for row in group:
             found[row.key] = result_of(row, made[row.key], quality, shop.parameters)
-            keep(found[row.key], identities[row.key], args.out)
+            records.keep(found[row.key], identities[row.key])
     return [found[row.key] for row in rows]
 
 
-def identity(row: Row, shop: Workshop, judge: Judge, texts: Sequence[Text], machine: Mapping[str, Any]) -> str | None:
-    """Hash of all that decides a row's figures, its time among them; None if its recipe cannot be read."""
+def identity(row: Row, shop: Workshop, judge: Judge, texts: Sequence[Text]) -> str:
+    """Hash of all that decides a row's figures but the machine, which decides only its time."""
     if row.reason is not None:
-        return None
-    what = [shop.key_of(row), [judge.protocol(text) for text in texts], machine["cpu"], machine["cores"]]
+        return row.reason
+    what = [shop.key_of(row), [judge.protocol(text) for text in texts]]
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-def remembered(file: Path | None) -> dict[str | None, dict[str, Any]]:
-    """Results of an earlier run's --out by their identity. Raises OSError or ValueError if it cannot be read."""
-    if file is None or not file.exists():
-        return {}
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return {line["identity"]: line["result"] for line in lines}
-
-
-def keep(result: dict[str, Any], identity: str | None, out: Path | None) -> None:
-    """Write down a row for --resume, if all of it succeeded."""
-    if out is not None and quality_report.good([result]):
-        append_record(out, {"benchmark": "bench_quality", "identity": identity, "result": result})
 
 
 def make_all(shop: Workshop, rows: Sequence[Row], again: bool) -> dict[str, Made | Failed]:
@@ -186,9 +169,7 @@ def judge_all(
     return {key: {text: found[key] for text, found in by_text.items()} for key in paths}
 
 
-def result_of(
-    row: Row, made: Made | Failed, quality: dict[str, dict[str, Judgement]], parameters: int
-) -> dict[str, Any]:
+def result_of(row: Row, made: Made | Failed, quality: dict[str, dict[str, Judgement]], parameters: int) -> Result:
     """All that is known of a row, as quality_report reads it, without the folders of this machine."""
     facts = {
         "key": row.key,

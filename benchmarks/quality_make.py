@@ -24,6 +24,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 import cpu_models
 import gossamer
@@ -35,6 +36,7 @@ from gossamer.cli.compress import recipes_folder
 from gossamer.compress.calibration import Calibration, calibrate, token_hash
 from gossamer.compress.recipe import CalibrationSpec, load_recipe
 from gossamer.engine import LLM
+from gossamer.measure.records import machine_block
 from quality_rows import FLOAT, LLAMA, OURS, Row
 
 HERE = Path(__file__).parent
@@ -68,6 +70,8 @@ class Made:
     foreign_cores: float | None
     """Cores that others kept busy meanwhile: with many, the seconds say little."""
     version: str | None
+    machine: str
+    """Whose time it is."""
     created: str
 
 
@@ -84,7 +88,16 @@ class Cost:
 class Workshop:
     """Everything that rows are made from, and where they are put."""
 
-    def __init__(self, work: Path, threads: int, spec: CalibrationSpec, minutes: float, iterations: int) -> None:
+    def __init__(
+        self,
+        work: Path,
+        threads: int,
+        spec: CalibrationSpec,
+        minutes: float,
+        iterations: int,
+        tokens: Tensor | None = None,
+    ) -> None:
+        """`tokens`, if given, are what the model would sample for the specification."""
         self.work, self.threads, self.spec = work, threads, spec
         self.minutes, self.iterations = minutes, iterations
         work.mkdir(parents=True, exist_ok=True)
@@ -92,7 +105,7 @@ class Workshop:
         checkpoint = open_checkpoint(self.base)
         self.parameters = checkpoint.parameters()
         self.fingerprint = checkpoint.fingerprint()
-        self.calibration = self._calibrate()
+        self.calibration = self._calibrate(tokens)
         self.tokens = work / "calibration.safetensors"
         save_file({"tokens": self.calibration.tokens.int().contiguous()}, self.tokens)
 
@@ -116,10 +129,11 @@ class Workshop:
         note.write_text(json.dumps({"key": key, "made": asdict(made)}, indent=1))
         return made
 
-    def _calibrate(self) -> Calibration:
-        """The model's own samples, as `gossamer compress` takes and keeps them."""
+    def _calibrate(self, tokens: Tensor | None) -> Calibration:
+        """The model's own samples, put where `gossamer compress` takes and keeps them."""
         checkpoint = open_checkpoint(self.base)
-        return calibrate(self.spec, checkpoint, lambda *shape: LLM(checkpoint).sample_tokens(*shape))
+        sample = (lambda *_: tokens) if tokens is not None else LLM(checkpoint).sample_tokens
+        return calibrate(self.spec, checkpoint, sample)
 
     def key_of(self, row: Row) -> str:
         """Hash of all that decides what the row's file holds and costs. Raises GossamerError."""
@@ -150,6 +164,7 @@ class Workshop:
             peak_bytes=None if cost is None else cost.peak_bytes,
             foreign_cores=None if cost is None else round(cost.foreign_cores, 2),
             version=version,
+            machine=machine_name(),
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
@@ -291,6 +306,12 @@ def inside_seconds(output: str) -> float | None:
         return round(float(json.loads(lines[-1])["seconds"]), 2)
     except (IndexError, KeyError, TypeError, ValueError):
         return None
+
+
+def machine_name() -> str:
+    """The processor, what of its instructions matters to matrix products, and how many cores there are."""
+    machine = machine_block()
+    return f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores"
 
 
 def stored_bytes(path: Path) -> int:

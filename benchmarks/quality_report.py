@@ -1,7 +1,8 @@
 """The figures of the quality benchmark: comparisons, orders, targets, and the page. Knows no model: only numbers.
 
 A result is a dictionary: the row's `key`, `maker`, `method`, `bits`, `grid`, `act_order` and `on_source_grid`; what was
-made (`bits_per_weight`, `stored_bytes`, `seconds`, `inside_seconds`, `peak_bytes`, `foreign_cores`, `version`);
+made (`bits_per_weight`, `stored_bytes`, `seconds`, `inside_seconds`, `peak_bytes`, `foreign_cores`, `version`,
+`machine`, `created`);
 `quality`, from the name of a text to its figures; and `reason` where it failed.
 """
 
@@ -182,14 +183,13 @@ def _target(target: Target, plain: Result, results: Sequence[Result]) -> Finding
 
 def page(run: Mapping[str, Any]) -> str:
     """The whole of docs/results/quality.md."""
-    results, machine, protocol = run["results"], run["machine"], run["protocol"]
+    results, protocol = run["results"], run["protocol"]
     versions = {r["maker"]: r["version"] for r in results if r.get("version")}
     named = ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
     parts = [
         "# Quality: our methods beside the peers'",
         f"    {run['command']}",
-        f"{machine['cpu']} ({machine['isa']}), {machine['cores']} cores, {machine['threads']} threads, "
-        f"{machine['os']}; {days(results) or run['created'][:10]}. {named}.",
+        f"{places(results)}; {run['machine']['threads']} threads, {run['machine']['os']}; {days(results)}. {named}.",
         SOURCE,
         JUDGED.format(**protocol),
         table(results, protocol["texts"]),
@@ -207,10 +207,25 @@ def page(run: Mapping[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def machines(results: Sequence[Result]) -> list[str]:
+    """Where files were made, each machine once."""
+    return list(dict.fromkeys(r["machine"] for r in results if r.get("machine")))
+
+
+def places(results: Sequence[Result]) -> str:
+    """The machine, or several by the letters that the table names them by."""
+    found = machines(results)
+    return found[0] if len(found) == 1 else "; ".join(f"{_letter(i)}: {name}" for i, name in enumerate(found))
+
+
+def _letter(index: int) -> str:
+    return chr(ord("A") + index)
+
+
 def days(results: Sequence[Result]) -> str:
-    """When the rows were made: the first day, and the last if it is another."""
+    """When the files were made: the first day, and the last if it is another."""
     made = sorted({r["created"][:10] for r in results if r.get("created")})
-    return f"made from {made[0]} to {made[-1]}" if len(made) > 1 else "".join(made)
+    return " to ".join(dict.fromkeys([*made[:1], *made[-1:]]))
 
 
 def findings(found: Sequence[Mapping[str, Any]]) -> str:
@@ -224,10 +239,10 @@ def table(results: Sequence[Result], texts: Sequence[str]) -> str:
     judged = [f"{column}, {text}" for text in texts for column in ("KLD", "p99", "perplexity", "top-1")]
     columns = ["row", "bits per weight", "MB", *judged, "s", "inside, s", "peak, GB", ""]
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    return "\n".join(lines + [_line(result, texts) for result in results])
+    return "\n".join(lines + [_line(result, texts, machines(results)) for result in results])
 
 
-def _line(result: Result, texts: Sequence[str]) -> str:
+def _line(result: Result, texts: Sequence[str], known: Sequence[str]) -> str:
     size, peak = result.get("stored_bytes"), result.get("peak_bytes")
     cells = [result["key"], _number(result.get("bits_per_weight"), 2), _number(size and size / 1e6, 1)]
     for text in texts:
@@ -236,7 +251,8 @@ def _line(result: Result, texts: Sequence[str]) -> str:
         share = figures.get("top1_agreement")
         cells += [_number(figures.get("perplexity"), 2), "-" if share is None else f"{share:.1%}"]
     cells += [_number(result.get("seconds"), 0), _number(result.get("inside_seconds"), 0)]
-    cells += [_number(peak and peak / 1e9, 2), remark(result)]
+    where = f"machine {_letter(known.index(result['machine']))}" if len(known) > 1 and result.get("machine") else ""
+    cells += [_number(peak and peak / 1e9, 2), "; ".join(filter(None, [remark(result), where]))]
     return f"| {' | '.join(cells)} |"
 
 

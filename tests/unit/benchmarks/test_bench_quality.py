@@ -22,6 +22,7 @@ import quality_unpack
 from gossamer.compress.calibration import Calibration, token_hash
 from gossamer.compress.recipe import CalibrationSpec
 from quality_make import Failed, Workshop
+from quality_records import Records
 from quality_rows import FLOAT, LLAMA, OURS, Row
 
 TEXT = "a text"
@@ -461,18 +462,17 @@ class FakeJudge:
         return {"text": text, "tokens": self.tokens}
 
 
-MACHINE = {"cpu": "a CPU", "cores": 2}
-
-
-def test_a_row_is_another_if_its_options_its_judge_or_its_machine_are(tmp_path: Path) -> None:
-    def of(model: str = "x", tokens: int = 10, **machine: Any) -> str | None:
+def test_a_row_is_another_if_its_options_its_tokens_or_its_judge_are(tmp_path: Path) -> None:
+    def of(model: str = "x", tokens: int = 10, calibration: int = 0) -> str:
         row = Row("float/a", FLOAT, "none", None, options={"model": model})
         judge: Any = FakeJudge(tokens)
         texts: Any = ["a text"]
-        return bench_quality.identity(row, FakeShop(tmp_path), judge, texts, MACHINE | machine)
+        shop = FakeShop(tmp_path)
+        shop.calibration = Calibration(torch.full((1, 8), calibration), {})
+        return bench_quality.identity(row, shop, judge, texts)
 
-    assert of() == of(isa="avx2")
-    assert len({of(), of("y"), of(tokens=11), of(cpu="another"), of(cores=4)}) == 5
+    assert of() == of()
+    assert len({of(), of("y"), of(tokens=11), of(calibration=1)}) == 4
 
 
 def test_a_row_does_not_depend_on_where_its_recipe_lies(tmp_path: Path) -> None:
@@ -486,16 +486,27 @@ def test_a_row_does_not_depend_on_where_its_recipe_lies(tmp_path: Path) -> None:
 
 def test_a_row_that_was_kept_is_found_again_and_a_failed_one_is_not(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    assert bench_quality.remembered(None) == bench_quality.remembered(file) == {}
-    good = result()
-    bench_quality.keep(good, "one", file)
-    bench_quality.keep(result(reason="no accelerator here"), "two", file)
-    bench_quality.keep(result(quality={TEXT: {"reason": "it cannot be read"}}), "three", file)
-    assert bench_quality.remembered(file) == {"one": good}
+    assert Records.load(None).results == Records.load(file).results == {}
+    records, good = Records(out=file), result()
+    records.keep(good, "one")
+    records.keep(result(reason="no accelerator here"), "two")
+    records.keep(result(quality={TEXT: {"reason": "it cannot be read"}}), "three")
+    assert Records.load(file).results == {"one": good}
+
+
+def test_tokens_are_kept_once_and_found_by_what_was_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    few, many = (CalibrationSpec(sequences=n, length=8) for n in (2, 3))
+    Records(out=file).keep_tokens(few, torch.arange(16).view(2, 8))
+    Records.load(file, out=file).keep_tokens(few, torch.zeros(2, 8, dtype=torch.int64))
+    records = Records.load(file)
+    assert len(file.read_text().splitlines()) == 1
+    assert torch.equal(records.tokens_for(few), torch.arange(16).view(2, 8))
+    assert records.tokens_for(many) is None
 
 
 def test_a_result_names_no_folder_of_the_machine(tmp_path: Path) -> None:
-    made = quality_make.Made(str(tmp_path), str(tmp_path), 10, 1.0, None, 5, 0.0, "1", "2026-01-02")
+    made = quality_make.Made(str(tmp_path), str(tmp_path), 10, 1.0, None, 5, 0.0, "1", "a CPU", "2026-01-02")
     row = Row("gossamer/a", OURS, "rtn", 4, options={"recipe": str(tmp_path / "a.yaml"), "calibrated": False})
     found = bench_quality.result_of(row, made, {"gossamer/a": {TEXT: {"kld_mean": 0.1}}}, 20)
     assert str(tmp_path) not in json.dumps(found)
@@ -507,8 +518,17 @@ def test_a_result_names_no_folder_of_the_machine(tmp_path: Path) -> None:
     [
         ([], ""),
         (["2026-01-02T03:04:05+00:00"] * 2, "2026-01-02"),
-        (["2026-01-03T00:00:00", "2026-01-02T00:00:00"], "made from 2026-01-02 to 2026-01-03"),
+        (["2026-01-03T00:00:00", "2026-01-02T00:00:00"], "2026-01-02 to 2026-01-03"),
     ],
 )
 def test_the_page_says_on_which_days_its_rows_were_made(created: list[str], said: str) -> None:
     assert quality_report.days([result(), *(result(created=day) for day in created)]) == said
+
+
+def test_the_table_says_which_of_several_machines_a_row_was_made_on() -> None:
+    one, two = (result(machine=name) for name in ("a CPU, 2 cores", "another, 4 cores"))
+    assert quality_report.places([one, one]) == "a CPU, 2 cores"
+    assert "machine" not in quality_report.table([one, one], [TEXT])
+    assert quality_report.places([one, two]) == "A: a CPU, 2 cores; B: another, 4 cores"
+    lines = quality_report.table([one, two, one], [TEXT]).splitlines()[2:]
+    assert [line.split("|")[-2].strip() for line in lines] == ["machine A", "machine B", "machine A"]
