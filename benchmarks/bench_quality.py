@@ -4,8 +4,9 @@
 
 Peers and model files are made below the cache and --work when first asked for, which takes hours; what nothing has
 changed of is used again. `--out FILE` keeps each row as soon as it is judged, and `--resume FILE` takes from there what
-the same code made and judged in the same way, on another machine too. A row that fails is a row that says why. Progress goes to stderr; to stdout go a Markdown page, a JSON line for each row, and one for the run. Exit
-code 1 if a row failed or an order, comparison or target is broken.
+the same code made and judged in the same way, on another machine too. A row that fails is a row that says why. Progress
+goes to stderr; to stdout go a Markdown page, a JSON line for each row, and one for the run. Exit code 1 if a row failed
+or an order, comparison or target is broken.
 """
 
 from __future__ import annotations
