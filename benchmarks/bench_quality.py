@@ -46,13 +46,12 @@ def main() -> int:
     shop = Workshop(args.work, args.threads, spec, args.minutes, args.iterations, records.tokens_for(spec))
     records.keep_tokens(spec, shop.calibration.tokens)
     judge = Judge(shop.base, args.tokens, args.threads, args.work / "judgements.json")
-    machine = machine_block(args.threads)
     results = results_of(rows, shop, judge, texts, records, args.again)
     run = {
         "benchmark": "bench_quality",
         "command": " ".join(["python benchmarks/bench_quality.py", *shown(sys.argv[1:])]),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine,
+        "machine": machine_block(args.threads),
         "protocol": {
             **asdict(judge.plan),
             "tokens": args.tokens,

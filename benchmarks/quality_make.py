@@ -6,6 +6,7 @@ are given the tokens that ours calibrates on; llama.cpp, which takes only text, 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -132,7 +133,10 @@ class Workshop:
     def _calibrate(self, tokens: Tensor | None) -> Calibration:
         """The model's own samples, put where `gossamer compress` takes and keeps them."""
         checkpoint = open_checkpoint(self.base)
-        sample = (lambda *_: tokens) if tokens is not None else LLM(checkpoint).sample_tokens
+
+        def sample(*shape: int) -> Tensor:
+            return LLM(checkpoint).sample_tokens(*shape) if tokens is None else tokens
+
         return calibrate(self.spec, checkpoint, sample)
 
     def key_of(self, row: Row) -> str:
@@ -337,6 +341,7 @@ BYTES = {
 """Bytes of an element, by the name that safetensors gives its type."""
 
 
+@functools.cache
 def code_hash(*folders: str) -> str:
     """Hash of the package's Python files in these folders."""
     digest = hashlib.sha256()
