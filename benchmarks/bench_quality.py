@@ -22,10 +22,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import quality_report
 import quality_rows
 from gossamer.compress.recipe import CalibrationSpec
 from gossamer.measure.records import machine_block
+from gossamer.settings import cache_dir
 from gossamer.settings import threads as default_threads
 from quality_judge import TOGETHER, Judge, Judgement, Text
 from quality_make import Failed, Made, Workshop
@@ -43,7 +46,11 @@ def main() -> int:
     texts = [Text.load(source) for source in dict.fromkeys([*args.corpus, "default"])]
     spec = CalibrationSpec(source="self", sequences=args.sequences, length=args.length, seed=args.seed)
     records = Records.load(args.resume, args.out)
-    shop = Workshop(args.work, args.threads, spec, args.minutes, args.iterations, records.tokens_for(spec))
+    kept = records.tokens_for(spec)
+    shop = Workshop(args.work, args.threads, spec, args.minutes, args.iterations, kept)
+    if kept is not None and not torch.equal(kept, shop.calibration.tokens):
+        cache = cache_dir() / "calibration"
+        sys.exit(f"{args.resume}: its rows were calibrated on other tokens than {cache} holds; move that folder away")
     records.keep_tokens(spec, shop.calibration.tokens)
     judge = Judge(shop.base, args.tokens, args.threads, args.work / "judgements.json")
     results = results_of(rows, shop, judge, texts, records, args.again)
@@ -64,6 +71,7 @@ def main() -> int:
             "parameters": shop.parameters,
         },
         "comparisons": [asdict(f) for f in quality_report.comparisons(results)],
+        "grids": [asdict(f) for f in quality_report.on_one_grid(results)],
         "targets": [asdict(f) for f in quality_report.targets(results)],
         "orders": [asdict(f) for f in quality_report.orders(results)],
     }
@@ -78,7 +86,7 @@ def show(run: dict[str, Any], results: Sequence[Result], args: argparse.Namespac
         print(json.dumps(line))
     if args.write:
         PAGE.write_text(text)
-    broken = [f for kind in ("comparisons", "targets", "orders") for f in run[kind] if not f["held"]]
+    broken = [f for kind in ("comparisons", "grids", "targets", "orders") for f in run[kind] if not f["held"]]
     for finding in broken:
         say(quality_report.Finding(**finding).line())
     return int(bool(broken) or len(quality_report.good(results)) < len(results))

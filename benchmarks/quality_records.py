@@ -6,7 +6,9 @@ them: a run on another machine that resumes from the file calibrates on the same
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,9 @@ class Records:
 
     @staticmethod
     def load(file: Path | None, out: Path | None = None) -> Records:
-        """All of a file, or nothing if there is none. Raises OSError or ValueError if it cannot be read."""
+        """All of a file, or nothing if there is none. Raises OSError if it cannot be read."""
         records = Records(out=out)
-        for line in file.read_text().splitlines() if file is not None and file.exists() else ():
-            record = json.loads(line)
+        for record in _records(file) if file is not None and file.exists() else ():
             if "tokens" in record:
                 records.tokens.append((record["calibration"], torch.tensor(record["tokens"])))
             else:
@@ -55,3 +56,10 @@ class Records:
         """Write down the tokens, unless the file has some for these options."""
         if self.out is not None and self.tokens_for(spec) is None:
             append_record(self.out, {"calibration": spec.model_dump(), "tokens": tokens.tolist()})
+
+
+def _records(file: Path) -> Iterator[Any]:
+    """Every line; one that a crash cut off is as if it had never been written."""
+    for line in file.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)

@@ -135,13 +135,33 @@ def _compared(peer: Result, results: Sequence[Result]) -> Finding:
     best = best_of_ours([r for r in results if not trained_tokens(r)], limit)
     if best is None:
         return Finding(title, False, "nothing of ours takes so few bits")
-    ratios = {text: kld(best, text) / kld(peer, text) for text in peer["quality"]}
+    title += f": {best['key']} at {best['bits_per_weight']:.2f} bits, at most {wanted} of its divergence"
+    return _beside(title, best, peer, wanted)
+
+
+def _beside(title: str, ours: Result, peer: Result, wanted: float) -> Finding:
+    """Whether ours has at most `wanted` of the peer's divergence on every text."""
+    ratios = {text: kld(ours, text) / kld(peer, text) for text in peer["quality"]}
     said = "; ".join(
-        f"{text}: {kld(best, text):.4f} against {kld(peer, text):.4f}, ratio {ratio:.2f}"
+        f"{text}: {kld(ours, text):.4f} against {kld(peer, text):.4f}, ratio {ratio:.2f}"
         for text, ratio in ratios.items()
     )
-    title += f": {best['key']} at {best['bits_per_weight']:.2f} bits, at most {wanted} of its divergence"
     return Finding(title, max(ratios.values()) <= wanted, said)
+
+
+def on_one_grid(results: Sequence[Result]) -> list[Finding]:
+    """One finding for each peer row whose kind of codes some row of ours has: the best such one, by the first text.
+
+    Bits spent elsewhere (embedding, head, zero points) are the same here, so that only the choice of codes differs.
+    """
+    ours = [r for r in good(results) if r["maker"] == OURS and r["grid"] and not trained_tokens(r)]
+    found = []
+    for peer in (r for r in good(results) if r["maker"] not in (OURS, FLOAT)):
+        same = [r for r in ours if r["grid"] == peer["grid"]]
+        if same:
+            best = min(same, key=lambda r: kld(r, next(iter(r["quality"]))))
+            found.append(_beside(f"{peer['key']}: {best['key']}, no more divergence", best, peer, 1.0))
+    return found
 
 
 def best_of_ours(results: Sequence[Result], bits_per_weight: float) -> Result | None:
@@ -198,6 +218,10 @@ def page(run: Mapping[str, Any]) -> str:
         "Wanted: no more than the peer's divergence on every text, and at most "
         f"{CLEARLY} of it at {LOW_BITS} bits and below.",
         findings(run["comparisons"]),
+        "## On the peer's own grid",
+        "The same kind of codes, the same embedding and head: only how the codes were chosen differs. Wanted: the best "
+        f"of ours, chosen by {protocol['texts'][0]}, has no more divergence than the peer on every text.",
+        findings(run["grids"]),
         "## Targets over the whole model",
         findings(run["targets"]),
         "## Orders",

@@ -382,6 +382,25 @@ def test_a_peer_is_compared_with_the_best_of_ours_that_takes_no_more_bits() -> N
     assert quality_report.comparisons(rows)[0].held  # no worse is enough above 4 bits
 
 
+def test_a_peer_is_compared_with_the_best_of_ours_on_its_own_grid_whatever_its_bits() -> None:
+    peer = result("auto-round/a", 0.2, grid="g")
+    rows = [
+        result("gossamer/worse", 0.19, grid="g"),
+        result("gossamer/best", 0.18, grid="g", bits_per_weight=9.0),
+        result("gossamer/other", 0.01, grid="h"),
+        result("gossamer/trained", 0.01, grid="g", options={"trained_tokens": 262144}),
+        result("llama.cpp/q4_0", 0.1, grid=""),
+        peer,
+    ]
+    (found,) = quality_report.on_one_grid(rows)
+    assert found.held
+    assert "gossamer/best" in found.title
+    peer["quality"]["another"] = {"kld_mean": 0.1}
+    rows[1]["quality"]["another"] = {"kld_mean": 0.11}
+    assert not quality_report.on_one_grid(rows)[0].held
+    assert quality_report.on_one_grid([rows[2], peer]) == []
+
+
 def test_a_peer_with_fewer_bits_than_any_of_ours_is_not_beaten() -> None:
     rows = [result("gossamer/a", 0.0, bits_per_weight=4.6), result("llama.cpp/q4_0", 0.4, bits_per_weight=4.5)]
     (found,) = quality_report.comparisons(rows)
@@ -429,6 +448,7 @@ def test_the_page_has_a_line_for_every_row_the_failed_ones_too() -> None:
         },
         "results": results,
         "comparisons": [],
+        "grids": [],
         "targets": [{"title": "t", "held": False, "figures": "f"}],
         "orders": [{"title": "o", "held": True, "figures": "f"}],
     }  # fmt: skip
@@ -492,6 +512,16 @@ def test_a_row_that_was_kept_is_found_again_and_a_failed_one_is_not(tmp_path: Pa
     records.keep(result(reason="no accelerator here"), "two")
     records.keep(result(quality={TEXT: {"reason": "it cannot be read"}}), "three")
     assert Records.load(file).results == {"one": good}
+
+
+def test_a_line_that_a_crash_cut_off_loses_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    records, good = Records(out=file), result()
+    records.keep(good, "one")
+    file.write_bytes(file.read_bytes()[:-9])
+    assert Records.load(file).results == {}
+    records.keep(good, "two")
+    assert Records.load(file).results == {"two": good}
 
 
 def test_tokens_are_kept_once_and_found_by_what_was_asked_for(tmp_path: Path) -> None:
