@@ -157,9 +157,8 @@ def on_one_grid(results: Sequence[Result]) -> list[Finding]:
     ours = [r for r in good(results) if r["maker"] == OURS and r["grid"] and not trained_tokens(r)]
     found = []
     for peer in (r for r in good(results) if r["maker"] not in (OURS, FLOAT)):
-        same = [r for r in ours if r["grid"] == peer["grid"]]
-        if same:
-            best = min(same, key=lambda r: kld(r, next(iter(r["quality"]))))
+        best = _least([r for r in ours if r["grid"] == peer["grid"]])
+        if best is not None:
             found.append(_beside(f"{peer['key']}: {best['key']}, no more divergence", best, peer, 1.0))
     return found
 
@@ -167,8 +166,12 @@ def on_one_grid(results: Sequence[Result]) -> list[Finding]:
 def best_of_ours(results: Sequence[Result], bits_per_weight: float) -> Result | None:
     """Ours with the least divergence on the first text, with so many bits for a weight, not on the source's grid."""
     ours = [r for r in good(results) if r["maker"] == OURS and not r["on_source_grid"]]
-    fitting = [r for r in ours if r["bits_per_weight"] <= bits_per_weight + SAME_BITS]
-    return min(fitting, key=lambda r: kld(r, next(iter(r["quality"]))), default=None)
+    return _least([r for r in ours if r["bits_per_weight"] <= bits_per_weight + SAME_BITS])
+
+
+def _least(results: Sequence[Result]) -> Result | None:
+    """The one with the least divergence on the first text."""
+    return min(results, key=lambda r: kld(r, next(iter(r["quality"]))), default=None)
 
 
 def trained_tokens(result: Result) -> int | None:
